@@ -1,0 +1,81 @@
+"""Task and Reply: what a server asks of one client, and what comes back. Plain values, the same on every runtime."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from privacy.plan import Mechanism
+from scenarios.weights import Layout, Vector
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one client's device can do. Zero means: no limit."""
+
+    speed: float = 0.0
+    """Training examples a second (forward and backward)."""
+    down: float = 0.0
+    """Bytes a second towards the client."""
+    up: float = 0.0
+    """Bytes a second from the client."""
+    memory: int = 0
+    """Bytes for a model in training."""
+    availability: float = 1.0
+    """Chance to be reachable when a round begins."""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a client says once, before round 1. Its name identifies it from then on."""
+
+    name: str
+    examples: int
+    digest: str
+    """Of its training data: evidence that a resumed run sees the same data."""
+    device: Device = Device()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One client's work in one round."""
+
+    kind: Literal["train", "evaluate"]
+    round: int
+    client: str
+    weights: Vector
+    """(P,) float32, the round's weights."""
+    layout: Layout
+    """Names and shapes of the weights: those of a pruned model in recovery rounds."""
+    rate: float = 0.0
+    """Learning rate of this round."""
+    steps: int = 0
+    """Local steps to take (fewer where the deadline comes first)."""
+    state_round: int = 0
+    """The round whose client state this task goes on from; 0: none yet."""
+    deadline: float = 0.0
+    """Seconds of wall clock in which the reply must be ready; 0: none. Only real devices look at it."""
+    mechanism: Mechanism | None = None
+    """Example-level DP; None: without."""
+    clip: float = 0.0
+    """Clipping norm of one example's gradient."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What one client made of its task; with a reason it made nothing of it."""
+
+    round: int
+    client: str
+    payload: bytes = b""
+    """train: the encoded update (new weights minus the task's weights)."""
+    examples: int = 0
+    """train: training examples; evaluate: test examples."""
+    steps: int = 0
+    """train: steps taken."""
+    loss: float = 0.0
+    """evaluate: mean loss over the test examples."""
+    correct: int = 0
+    """evaluate: test examples classified right."""
+    reason: str = ""
+    """Why there is no result; empty for a good reply."""
+    late: bool = False
+    """The deadline came before the reply."""

@@ -1,0 +1,187 @@
+"""Every knob of a run as small frozen models, and the one string that overrides them."""
+
+import difflib
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from privacy.refused import Refused
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses names it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Run(Section):
+    """What `umbel run` also takes as flags."""
+
+    seed: int = Field(0, ge=0, description="seed of split, partition, initialization, cohorts (never of privacy noise)")
+    data: str = Field("", description="folder of data sets that are not bundled; empty: UMBEL_DATA")
+    out: str = Field("", description="run folder; empty: runs/SCENARIO-TIME")
+    resume: bool = Field(False, description="go on with the run in run.out instead of starting one")
+
+
+class Rounds(Section):
+    number: int = Field(10, ge=1, description="federated rounds")
+    fraction: float = Field(1.0, gt=0, le=1, description="share of the fleet that is asked each round")
+    minimum: int = Field(1, ge=1, description="fewest good replies with which a round is applied")
+    average: int = Field(1, ge=1, description="how many last rounds are averaged into the final weights")
+
+
+class Local(Section):
+    epochs: int = Field(1, ge=1, description="passes over a client's data a round")
+    steps: int = Field(0, ge=0, description="local steps a round; 0: as many as local.epochs takes")
+    batch: int = Field(32, ge=0, description="examples a local step (expected, under DP); 0: all of a client's data")
+    rate: float = Field(0.1, gt=0, description="learning rate of local SGD")
+    decay: float = Field(0.0, ge=0, lt=1, description="share of local.rate that is lost, linearly, by the last round")
+    proximal: float = Field(0.0, ge=0, description="FedProx: pull towards the round's weights (acts after DP noise)")
+
+
+class Server(Section):
+    step: str = Field("sgd", description="server optimizer: sgd, momentum, adam, yogi, adagrad")
+    combine: str = Field("mean", description="mean, median, trimmed, krum, multikrum")
+    weighting: Literal["examples", "uniform"] = Field(
+        "examples", description="what a client's update weighs in the mean"
+    )
+    normalize: bool = Field(False, description="FedNova: every update counts by its steps' mean, whatever their number")
+    rate: float | None = Field(None, gt=0, description="server learning rate; unset: the step's own default")
+    beta1: float | None = Field(None, ge=0, lt=1, description="first moment's decay; unset: the step's own default")
+    beta2: float | None = Field(None, ge=0, lt=1, description="second moment's decay; unset: the step's own default")
+    tau: float | None = Field(None, gt=0, description="degree of adaptivity; unset: the step's own default")
+    trim: float = Field(0.1, ge=0, lt=0.5, description="trimmed: share of values cut off at each end")
+    byzantine: int = Field(1, ge=0, description="krum, multikrum: how many clients may lie")
+
+
+class Privacy(Section):
+    unit: Literal["none", "example"] = Field("none", description="what one change of the data is: none, example")
+    epsilon: float = Field(8.0, gt=0, description="budget of every client over the whole run, recovery included")
+    delta: float | None = Field(None, gt=0, lt=1, description="unset: 1 / (10 x the client's examples)")
+    clip: float = Field(1.0, gt=0, description="clipping norm of one example's gradient")
+    max_noise: float = Field(100.0, gt=0, description="largest noise multiplier; more is refused")
+    noise_seed: int | None = Field(None, ge=0, description="reproducible noise, for tests and replays: no guarantee")
+
+
+class Fleet(Section):
+    clients: int = Field(20, ge=1, description="clients of a simulated federation")
+    profile: str = Field("equal", description="equal, edge, or a TOML file: what the devices can do")
+    deadline: float = Field(0.0, ge=0, description="seconds a round may take on the fleet's clock; 0: no deadline")
+    wait: float = Field(120.0, gt=0, description="seconds to wait for nodes or a reply where no deadline is set")
+
+
+class Evaluation(Section):
+    on: Literal["server", "clients"] = Field("server", description="who holds the test data")
+
+
+class Export(Section):
+    recover_rounds: int = Field(0, ge=0, description="federated rounds after pruning, under the same account")
+    prune: float = Field(0.5, ge=0, lt=1, description="share of hidden channels that pruning removes; 0: no pruning")
+    tolerance: float = Field(0.02, ge=0, le=1, description="validation accuracy an edge model may lose against fp32")
+
+
+class Reference(Section):
+    central_epochs: int = Field(0, ge=0, description="epochs of the central reference without privacy; 0: skipped")
+    central_batch: int = Field(32, ge=1, description="its batch")
+    central_rate: float = Field(0.1, gt=0, description="its learning rate")
+    no_privacy: bool = Field(True, description="also run the same federation without privacy")
+    no_privacy_set: str = Field("", description="settings of that run alone, for example its own local.rate")
+
+
+class Settings(Section):
+    """All settings of a run. A scenario is born with its own values; `override` changes them by name."""
+
+    model: str = Field("", description="which of the scenario's models; empty: its first")
+    partition: str = Field("iid", description="iid, dirichlet:ALPHA, shards:NUMBER, natural")
+    codec: str = Field("float32", description="how updates travel: float32, float16, topk:SHARE, int8")
+    run: Run = Run()
+    rounds: Rounds = Rounds()
+    local: Local = Local()
+    server: Server = Server()
+    privacy: Privacy = Privacy()
+    fleet: Fleet = Fleet()
+    evaluation: Evaluation = Evaluation()
+    export: Export = Export()
+    reference: Reference = Reference()
+
+
+def knobs(settings: Section, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Every setting as (dotted name, value, one-line meaning), in the order of this file."""
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, Section):
+            yield from knobs(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value, field.description or ""
+
+
+def override(settings: Settings, text: str) -> Settings:
+    """`settings` with the values named in `text`, as in "rounds.number=5 privacy.epsilon=3".
+
+    An empty value (`server.rate=`) unsets a setting that may be unset.
+    Raises Refused for a name that does not exist (with the nearest one that does) or a value that does not fit.
+    """
+    names = [name for name, _, _ in knobs(settings)]
+    tree = settings.model_dump()
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise Refused(
+            f"settings {text!r} cannot be read ({error}): write name=value pairs with blanks between"
+        ) from None
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise Refused(f"setting {word!r} has no value: write {word}=VALUE")
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1, 0.0)[0]
+            raise Refused(f"there is no setting {name!r}: the nearest is {near!r}; `umbel settings SCENARIO` lists all")
+        *sections, last = name.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch[section]
+        branch[last] = value if value != "" or isinstance(branch[last], str) else None
+    return _validated(tree, text)
+
+
+def _validated(tree: dict[str, Any], source: str) -> Settings:
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise Refused(f"setting {name}={first['input']} (in {source!r}): {first['msg']}") from None
+
+
+def to_toml(settings: Settings, scenario: str) -> str:
+    """The settings as TOML text with their meanings as comments; unset values are left out, as TOML has no null."""
+    lines, section = [f"scenario = {_toml(scenario)}"], ""
+    for name, value, meaning in knobs(settings):
+        head, _, last = name.rpartition(".")
+        if head != section:
+            section = head
+            lines += ["", f"[{head}]"]
+        lines.append(f"{last} = {_toml(value)}  # {meaning}" if value is not None else f"# {last} is unset: {meaning}")
+    return "\n".join(lines) + "\n"
+
+
+def from_toml(path: Path) -> tuple[str, Settings]:
+    """(scenario, settings) of a file that `to_toml` wrote. Raises Refused when it cannot be read."""
+    try:
+        tree = tomllib.loads(path.read_text())
+        scenario = tree.pop("scenario")
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError) as error:
+        raise Refused(f"{path} is no settings file of a run ({type(error).__name__}): is this a run folder?") from None
+    return scenario, _validated(tree, str(path))
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return repr(value)
