@@ -125,7 +125,7 @@ def override(settings: Settings, text: str) -> Settings:
     An empty value (`server.rate=`) unsets a setting that may be unset.
     Raises Refused for a name that does not exist (with the nearest one that does) or a value that does not fit.
     """
-    names = [name for name, _, _ in knobs(settings)]
+    values = {name: value for name, value, _ in knobs(settings)}
     tree = settings.model_dump()
     try:
         words = shlex.split(text)
@@ -137,14 +137,14 @@ def override(settings: Settings, text: str) -> Settings:
         name, equals, value = word.partition("=")
         if not equals:
             raise Refused(f"setting {word!r} has no value: write {word}=VALUE")
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1, 0.0)[0]
+        if name not in values:
+            near = difflib.get_close_matches(name, values, 1, 0.0)[0]
             raise Refused(f"there is no setting {name!r}: the nearest is {near!r}; `umbel settings SCENARIO` lists all")
         *sections, last = name.split(".")
         branch = tree
         for section in sections:
             branch = branch[section]
-        branch[last] = value if value != "" or isinstance(branch[last], str) else None
+        branch[last] = value if value != "" or isinstance(values[name], str) else None
     return _validated(tree, text)
 
 
