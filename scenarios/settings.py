@@ -71,6 +71,9 @@ class Fleet(Section):
     clients: int = Field(20, ge=1, description="clients of a simulated federation")
     profile: str = Field("equal", description="equal, edge, or a TOML file: what the devices can do")
     deadline: float = Field(0.0, ge=0, description="seconds a round may take on the fleet's clock; 0: no deadline")
+    clock: Literal["simulated", "wall"] = Field(
+        "simulated", description="simulated: devices are drawn from the profile; wall: devices measure themselves"
+    )
     wait: float = Field(120.0, gt=0, description="seconds to wait for nodes or a reply where no deadline is set")
 
 

@@ -32,7 +32,7 @@ def unflatten(vector: Vector, shapes: Layout) -> dict[str, torch.Tensor]:
     if vector.shape != (sum(sizes),):
         raise Refused(f"a weight vector of shape {vector.shape} came where the model has {sum(sizes)} entries")
     flat = torch.from_numpy(np.array(vector, dtype=np.float32))
-    return {name: part.reshape(shape) for (name, shape), part in zip(shapes, flat.split(sizes), strict=True)}
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes, torch.split(flat, sizes), strict=True)}
 
 
 def load(model: nn.Module, vector: Vector) -> None:
@@ -44,13 +44,18 @@ def fit(model: nn.Module, shapes: Layout) -> None:
     """Give the layers of `model` the shapes of a pruned one, in place; the values are undefined until `load`.
 
     Knows the layers whose channels pruning removes: linear, convolution, batch, layer and group norm.
-    Raises Refused when the names differ, or a layer of another kind would have to change.
+    Raises Refused when the names differ, a shape is no part of the model's, or a layer of another kind would have to
+    change.
     """
+    whole, wanted = dict(layout(model)), dict(shapes)
     if layout(model) == shapes:
         return
     if [name for name, _ in layout(model)] != [name for name, _ in shapes]:
         raise Refused("the weights are of another model: their names differ")
-    wanted = dict(shapes)
+    for name, shape in shapes:
+        old = whole[name]
+        if len(shape) != len(old) or not all(0 < new <= size for new, size in zip(shape, old, strict=True)):
+            raise Refused(f"the weights are of another model: {name} has shape {shape}, no part of {old}")
     for prefix, module in model.named_modules():
         entries = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         new = {name: wanted.get(f"{prefix}.{name}" if prefix else name) for name, _ in entries}
@@ -63,13 +68,13 @@ def fit(model: nn.Module, shapes: Layout) -> None:
                 setattr(module, name, nn.Parameter(torch.empty(shape)))
             else:
                 setattr(module, name, torch.empty(shape))
-        shape = new["weight"]
+        shape = new.get("weight") or next(iter(changed.values()))  # a norm without affine has running statistics only
         assert shape is not None
         if isinstance(module, nn.Linear):
             module.out_features, module.in_features = shape
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            if module.groups > 1:
-                module.groups = module.groups * shape[0] // module.out_channels
+            if module.groups == module.out_channels:  # depthwise: each channel is its own group
+                module.groups = shape[0]
             module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
             module.num_features = shape[0]

@@ -1,0 +1,218 @@
+"""One client's local work: what it says at first, how it trains, how it evaluates; the same on every runtime."""
+
+import copy
+import hashlib
+import hmac
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clients import codecs, device
+from clients.task import Hello, Reply, Task
+from privacy import dp_sgd
+from privacy.refused import Refused
+from scenarios import Examples, Federation, Scenario, build_model, predict
+from scenarios.seeds import derive
+from scenarios.settings import Local, Settings
+from scenarios.weights import Vector, fit, flatten, load
+
+
+@dataclass(frozen=True)
+class Node:
+    """What the process has in which clients run: the scenario, the data it can reach, a folder for client states."""
+
+    scenario: Scenario
+    settings: Settings
+    federation: Federation
+    states: Path
+
+    @cached_property
+    def template(self) -> nn.Module:
+        """The model as the scenario builds it; copied for every task."""
+        return build_model(self.scenario, self.settings)
+
+
+def hello(node: Node, name: str) -> Hello:
+    """What client `name` says before round 1."""
+    examples = node.federation.client(name)
+    if node.settings.fleet.clock == "simulated":
+        ability = device.draw(node.settings.fleet.profile, name, node.settings.run.seed)
+    else:
+        ability = device.measure(copy.deepcopy(node.template), examples.x[:32])
+    return Hello(name, len(examples.y), digest(node.states, examples), ability)
+
+
+def digest(states: Path, examples: Examples) -> str:
+    """A fingerprint of data, keyed by the node's own secret: it shows a change, and identifies nothing to others."""
+    keyed = hmac.new(_key(states), digestmod=hashlib.sha256)
+    for part in examples:
+        keyed.update(f"{part.dtype} {tuple(part.shape)} ".encode())
+        keyed.update(part.contiguous().numpy().tobytes())
+    return keyed.hexdigest()
+
+
+def answer(node: Node, task: Task) -> Reply:
+    """Do what `task` asks of its client. Never raises: a failure is a Reply with a reason that quotes no data."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _train(node, task) if task.kind == "train" else _evaluate(node, task)
+    except (Refused, codecs.CodecError) as error:
+        return Reply(task.round, task.client, reason=str(error)[:200])
+    except Exception as error:  # a message of torch may quote values of the client's data: its kind alone may leave
+        return Reply(task.round, task.client, reason=f"failed with {type(error).__name__}")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _train(node: Node, task: Task) -> Reply:
+    settings = node.settings
+    examples = node.federation.client(task.client)
+    model = _model(node, task)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(settings.run.seed, "layers", task.round, task.client))
+        steps = train(model, examples, node.scenario.loss, task, settings.local, settings)
+    update = flatten(model) - task.weights
+    residual = _load_state(node.states, task)
+    seed = derive(settings.run.seed, "codec", task.round, task.client)
+    payload, residual = codecs.resolve(settings.codec).encode(update, residual, seed)
+    if residual is not None:
+        _save_state(node.states, task, residual)
+    return Reply(task.round, task.client, payload, len(examples.y), steps)
+
+
+def train(
+    model: nn.Module,
+    examples: Examples,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    task: Task,
+    local: Local,
+    settings: Settings,
+) -> int:
+    """Local SGD on `model`, in place; returns the steps taken: task.steps, or fewer where the deadline came first.
+
+    With a mechanism every gradient comes clipped and noised from DP-SGD. The proximal term (FedProx, Li et al. 2020,
+    eq. 2) is added to the gradient afterwards: it depends on weights alone, so it costs no privacy and stays exact.
+    """
+    stop = time.monotonic() + task.deadline if task.deadline else float("inf")
+    seeds = settings.run.seed, settings.privacy.noise_seed
+    start = [parameter.detach().clone() for parameter in model.parameters()] if local.proximal else []
+    private = None
+    if task.mechanism is not None:
+        noise = None if seeds[1] is None else derive(seeds[1], "noise", task.round, task.client)
+        private = dp_sgd.PrivateGradient(model, loss, task.mechanism, task.clip, dp_sgd.noise_generator(noise))
+        batches: Iterator[Any] = private.batches(len(examples.y), task.steps)
+    else:
+        shuffle = derive(seeds[0], "batches", task.round, task.client)
+        batches = islice(_shuffled(len(examples.y), local.batch, shuffle), task.steps)
+    model.train()
+    steps = 0
+    for batch in batches:
+        if time.monotonic() > stop:
+            break
+        x, y = examples.x[batch], examples.y[batch]
+        if private is not None:
+            private.step(x, y)
+        else:
+            model.zero_grad()
+            torch.autograd.backward(loss(model(x), y))
+        with torch.no_grad():
+            for i, parameter in enumerate(model.parameters()):
+                if parameter.grad is None:
+                    continue
+                if local.proximal:
+                    parameter.grad.add_(parameter - start[i], alpha=local.proximal)
+                parameter.sub_(parameter.grad, alpha=task.rate)
+        steps += 1
+    if private is not None:
+        private.close()
+    return steps
+
+
+def _shuffled(examples: int, batch: int, seed: int) -> Iterator[Tensor]:
+    """Batches of indices without end, reshuffled each epoch; the last batch of an epoch may be smaller."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.split(torch.randperm(examples, generator=generator), batch or examples)
+
+
+def evaluate(model: nn.Module, examples: Examples, loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, int]:
+    """(mean loss, number classified right) of `model` on `examples`, in eval mode, 1024 at a time."""
+    model.eval()
+    total, correct = 0.0, 0
+    with torch.no_grad():
+        for x, y in zip(torch.split(examples.x, 1024), torch.split(examples.y, 1024), strict=True):
+            outputs = model(x)
+            total += float(loss(outputs, y)) * len(y)
+            correct += int((predict(outputs) == y).sum())
+    return total / max(1, len(examples.y)), correct
+
+
+def _evaluate(node: Node, task: Task) -> Reply:
+    if node.federation.client_test is None:
+        raise Refused(f"scenario {node.scenario.name} gives its clients no test data: set evaluation.on=server")
+    examples = node.federation.client_test(task.client)
+    loss, correct = evaluate(_model(node, task), examples, node.scenario.loss)
+    return Reply(task.round, task.client, examples=len(examples.y), loss=loss, correct=correct)
+
+
+def _model(node: Node, task: Task) -> nn.Module:
+    model = copy.deepcopy(node.template)
+    fit(model, task.layout)
+    load(model, task.weights)
+    return model
+
+
+def _state_file(states: Path, client: str, round_number: int) -> Path:
+    folder = hashlib.sha256(client.encode()).hexdigest()[:16]  # a name from the network is no path
+    return states / folder / f"{round_number}.npy"
+
+
+def _load_state(states: Path, task: Task) -> Vector | None:
+    """The client state of the last round that was committed with this client in it; a later one never happened."""
+    path = _state_file(states, task.client, task.state_round)
+    if not task.state_round or not path.exists():
+        return None
+    state = np.load(path, allow_pickle=False)
+    return state if state.shape == task.weights.shape and state.dtype == np.float32 else None
+
+
+def _save_state(states: Path, task: Task, state: Vector) -> None:
+    path = _state_file(states, task.client, task.round)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob("*.npy"):
+        if old.stem.isdigit() and int(old.stem) < task.state_round:
+            old.unlink()
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.save(file, state, allow_pickle=False)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _key(states: Path) -> bytes:
+    """The node's own secret, made at first use; what it keys cannot be compared across nodes."""
+    path = states / "key"
+    if not path.exists():
+        states.mkdir(parents=True, exist_ok=True)
+        mine = states / f"key.{secrets.token_hex(8)}"
+        mine.touch(mode=0o600)
+        mine.write_bytes(secrets.token_bytes(32))
+        try:
+            os.link(mine, path)  # the first of several processes wins; nobody reads a half-written key
+        except FileExistsError:
+            pass
+        finally:
+            mine.unlink()
+    return path.read_bytes()

@@ -1,0 +1,1 @@
+"""Coordinates: rounds, fleets, the run folder, reports, the command line."""

@@ -1,0 +1,51 @@
+"""One privacy plan a client, calibrated before round 1 for all rounds it may join, recovery included."""
+
+from collections.abc import Mapping
+
+from clients.task import Hello
+from privacy import accounting
+from privacy.plan import Mechanism, Plan
+from privacy.refused import Refused
+from scenarios.settings import Settings
+from server.select import local_steps, sampling_rate
+
+
+def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
+    """The plan of every client under privacy.unit=example; empty without DP.
+
+    Raises Refused when a client would need more noise than privacy.max_noise, with the smallest epsilon for these
+    rounds and the most rounds for this epsilon.
+    """
+    wanted = settings.privacy
+    if wanted.unit == "none":
+        return {}
+    total = settings.rounds.number + settings.export.recover_rounds
+    made = {}
+    for name, client in sorted(roster.items()):
+        rate = sampling_rate(settings.local, client.examples)
+        steps = total * local_steps(settings.local, client.examples, True)
+        delta = wanted.delta or accounting.default_delta(client.examples)
+        if accounting.epsilon({Mechanism(rate, wanted.max_noise): steps}, delta) > wanted.epsilon:
+            raise Refused(_unreachable(roster, settings, total))
+        noise = accounting.calibrate(rate, steps, wanted.epsilon, delta, wanted.max_noise)
+        made[name] = Plan(Mechanism(rate, noise), wanted.clip, wanted.epsilon, delta, steps)
+    return made
+
+
+def _unreachable(roster: Mapping[str, Hello], settings: Settings, total: int) -> str:
+    wanted = settings.privacy
+    least, rounds, culprit = 0.0, total, ""
+    for name, client in sorted(roster.items()):
+        mechanism = Mechanism(sampling_rate(settings.local, client.examples), wanted.max_noise)
+        steps = local_steps(settings.local, client.examples, True)
+        delta = wanted.delta or accounting.default_delta(client.examples)
+        cost = accounting.epsilon({mechanism: total * steps}, delta)
+        if cost > least:
+            least, culprit = cost, name
+        rounds = min(rounds, accounting.most_steps(mechanism, wanted.epsilon, delta, total * steps) // steps)
+    recovery = f" ({settings.export.recover_rounds} of them recovery)" if settings.export.recover_rounds else ""
+    return (
+        f"privacy.epsilon={wanted.epsilon:g} cannot be reached in {total} rounds{recovery} with "
+        f"privacy.max_noise={wanted.max_noise:g} (client {culprit} has {roster[culprit].examples} examples): "
+        f"the smallest epsilon for these rounds is {least:.4g}, the most rounds for this epsilon are {rounds}"
+    )

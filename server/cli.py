@@ -1,0 +1,364 @@
+"""umbel: the command line. Results go to stdout, progress to stderr; bad input is one line and exit code 2."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import click
+import typer
+
+from privacy.refused import Refused
+
+if TYPE_CHECKING:
+    from scenarios import Scenario
+    from scenarios.settings import Settings
+
+app = typer.Typer(
+    name="umbel",
+    help="Train one model across devices that keep their data, under a privacy budget, and ship it as ONNX.\n\n"
+    "Start with `umbel run digits`. Exit codes: 0 done, 2 bad input, 3 stopped on purpose and resumable, 1 else.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+data_app = typer.Typer(help="Data sets that are not bundled: list and download them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Set = Annotated[str, typer.Option("--set", help='Settings by name, as in "rounds.number=5 privacy.epsilon=3".')]
+Seed = Annotated[int | None, typer.Option(help="Seed of split, partition, initialization and cohorts (run.seed).")]
+Data = Annotated[str | None, typer.Option(help="Folder of data sets that are not bundled, else UMBEL_DATA (run.data).")]
+Runtime = Annotated[str, typer.Option(help="embedded (this process), simulation (Flower on Ray), deployment (nodes).")]
+Superlink = Annotated[str, typer.Option(help="HOST:PORT of the running SuperLink, for --runtime deployment.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print the run folder's path alone.")]
+
+
+@app.command()
+def run(
+    scenario: Annotated[str, typer.Argument(help="A name of `umbel scenarios`, a file.py, or a module.name.")],
+    set_: Set = "",
+    seed: Seed = None,
+    data: Data = None,
+    out: Annotated[
+        str | None, typer.Option(help="Run folder, new or empty (run.out; default runs/SCENARIO-TIME).")
+    ] = None,
+    runtime: Runtime = "embedded",
+    superlink: Superlink = "",
+    quiet: Quiet = False,
+) -> None:
+    """Run a scenario: federated rounds, references, pruning, export to ONNX, report.
+
+    Example: umbel run digits --set "privacy.epsilon=3" --seed 7 --out runs/mine
+    """
+    from scenarios import load
+    from scenarios.settings import override
+
+    chosen = load(scenario)
+    settings = override(chosen.settings, " ".join([set_, *_flags(seed, data, out)]))
+    folder = Path(settings.run.out or f"runs/{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    _go(chosen, scenario, settings, folder, runtime, superlink, quiet, new=True)
+
+
+@app.command()
+def resume(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that was stopped or killed.")],
+    data: Data = None,
+    runtime: Runtime = "embedded",
+    superlink: Superlink = "",
+    quiet: Quiet = False,
+) -> None:
+    """Go on with a run from its last committed round. A finished run is left as it is."""
+    from scenarios import load
+    from scenarios.settings import override
+    from server.record import RunFolder
+
+    folder = RunFolder.open(run_folder)
+    name, settings = folder.settings()
+    finished = (folder.read_json("report.json") or {}).get("status") == "done"
+    folder.close()
+    if finished:
+        print(run_folder, "has finished already: nothing to do", file=sys.stderr)
+        _show(run_folder, quiet)
+        return
+    settings = override(settings, " ".join(_flags(None, data, None)))
+    _go(load(name), name, settings, run_folder, runtime, superlink, quiet, new=False)
+
+
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    set_: Annotated[str, typer.Option("--set", help='Export settings, as in "export.prune=0.7".')] = "",
+    data: Data = None,
+    quiet: Quiet = False,
+) -> None:
+    """Prune, recover, quantize, check and choose again, with what is left of the run's privacy budget."""
+    from scenarios import load
+    from scenarios.settings import knobs, override
+    from server import run as job
+    from server.record import RunFolder
+
+    folder = RunFolder.open(run_folder)
+    name, before = folder.settings()
+    settings = override(before, " ".join([set_, *_flags(None, data, None)]))
+    old = {name: value for name, value, _ in knobs(before)}
+    for knob, value, _ in knobs(settings):
+        if value != old[knob] and not knob.startswith(("export.", "run.data")):
+            raise Refused(f"umbel export changes export.* alone, not {knob}: start a new run for that")
+    with _watched(f"exporting {run_folder}", settings.rounds.number, quiet) as (progress, stop):
+        prepared = job.prepare(load(name), settings, folder, _embedded, progress, stop)
+        job.export(prepared)
+        folder.write_settings(name, settings)
+    _show(run_folder, quiet)
+
+
+@app.command()
+def report(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")], quiet: Quiet = False
+) -> None:
+    """Draw report.html again from report.json and rounds.jsonl, and print the summary."""
+    from server import report as page
+
+    page.write(run_folder)
+    _show(run_folder, quiet)
+
+
+@app.command()
+def compare(
+    run_folders: Annotated[list[Path], typer.Argument(metavar="RUN RUN …", help="Folders of finished runs.")],
+    out: Annotated[Path, typer.Option(help="Where to draw the page.")] = Path("compare.html"),
+) -> None:
+    """Print and draw runs side by side; seeds of one setting become one row with mean and spread."""
+    from server import compare as side_by_side
+
+    side_by_side.compare(run_folders, out)
+
+
+@app.command()
+def scenarios() -> None:
+    """List the bundled scenarios, one line each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from scenarios import load, names
+
+    table = Table.grid(padding=(0, 3))
+    for name in names():
+        table.add_row(f"[bold]{name}[/]", load(name).summary)
+    Console().print(table)
+
+
+@app.command()
+def settings(
+    scenario: Annotated[str, typer.Argument(help="A name of `umbel scenarios`, a file.py, or a module.name.")],
+    set_: Set = "",
+) -> None:
+    """Print every setting of a scenario: name, value, default (where it differs) and meaning."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from scenarios import load
+    from scenarios.settings import knobs, override
+
+    chosen = load(scenario)
+    defaults = {name: value for name, value, _ in knobs(chosen.settings)}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("setting", "value", "default", "meaning"):
+        table.add_column(column, overflow="fold")
+    for name, value, meaning in knobs(override(chosen.settings, set_)):
+        changed = value != defaults[name]
+        table.add_row(name, _shown(value), _shown(defaults[name]), meaning, style="bold" if changed else "")
+    Console().print(table)
+
+
+@data_app.command("list")
+def data_list() -> None:
+    """List the data sets that scenarios use and where they were found."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from scenarios import sources
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("name", "what", "licence", "found in"):
+        table.add_column(column)
+    for name, source in sources.SOURCES.items():
+        try:
+            where = str(sources.find(name, ""))
+        except Refused:
+            where = f"missing: umbel data get {name}"
+        table.add_row(name, source.description, source.licence, where)
+    Console().print(table)
+
+
+@data_app.command("get")
+def data_get(
+    name: Annotated[str, typer.Argument(help="A name of `umbel data list`.")],
+    to: Annotated[Path | None, typer.Option(help="Folder to keep it in (default: where `umbel run` looks).")] = None,
+    origin: Annotated[str, typer.Option(help="Base URL of a mirror in place of the public origin.")] = "",
+) -> None:
+    """Download a data set from its public origin; goes on where an earlier try stopped, and checks every digest."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from scenarios import sources
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    from rich.console import Console
+
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def progress(done: int, total: int, filename: str) -> None:
+            if filename not in tasks:
+                tasks[filename] = bar.add_task(filename, total=total or None)
+            bar.update(tasks[filename], completed=done, total=total or None)
+
+        folder = sources.get(name, to, progress, origin or None)
+    print(folder)
+
+
+def main() -> None:
+    """The `umbel` command."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    try:
+        _check_house()
+        code = typer.main.get_command(app).main(standalone_mode=False)
+    except Refused as error:
+        code = _fail(str(error), 2)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        code = 2
+    except click.ClickException as error:
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "umbel"
+        code = _fail(f"{error.format_message()} (see `{where} --help`)", 2)
+    except (click.Abort, KeyboardInterrupt):
+        code = _fail("interrupted", 3)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _go(
+    scenario: "Scenario",
+    name: str,
+    settings: "Settings",
+    path: Path,
+    runtime: str,
+    superlink: str,
+    quiet: bool,
+    new: bool,
+) -> None:
+    from server import run as job
+    from server.record import RunFolder
+
+    if runtime not in ("embedded", "simulation", "deployment"):
+        raise Refused(f"there is no runtime {runtime!r}: choose embedded, simulation or deployment")
+    if (runtime == "deployment") != bool(superlink):
+        raise Refused("--superlink HOST:PORT goes with --runtime deployment, and is needed there")
+    job.check(scenario, settings)
+    total = settings.rounds.number + settings.export.recover_rounds
+    if runtime == "embedded":
+        origin = str(Path(name).resolve()) if name.endswith(".py") else name
+        folder = RunFolder.create(path, origin, settings) if new else RunFolder.open(path)
+        with _watched(f"{scenario.name}: {scenario.summary}", total, quiet) as (progress, stop):
+            try:
+                job.run(job.prepare(scenario, settings, folder, _embedded, progress, stop))
+            except job.Stopped as reason:
+                raise _Stop(str(reason)) from None
+    _show(path, quiet)
+
+
+def _embedded(node: Any) -> Any:
+    from server.embedded import EmbeddedFleet
+
+    return EmbeddedFleet(node)
+
+
+class _Stop(click.exceptions.Exit):
+    """Stopped on purpose: one line, exit code 3."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(_fail(line, 3))
+
+
+@contextmanager
+def _watched(title: str, rounds: int, quiet: bool) -> Iterator[tuple[Any, Callable[[], bool]]]:
+    """(progress, stop): a live table unless quiet; Ctrl-C and SIGTERM make `stop` true, a second one ends at once."""
+    from server.console import Live
+
+    asked: list[int] = []
+
+    def on_signal(number: int, _: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("stopping after this round; once more ends at once", file=sys.stderr)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if quiet:
+            yield _Silent(), lambda: bool(asked)
+        else:
+            with Live(rounds, title) as live:
+                yield live, lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Silent:
+    def row(self, row: dict[str, Any]) -> None:
+        """Says nothing."""
+
+    def status(self, text: str) -> None:
+        """Says nothing."""
+
+
+def _show(path: Path, quiet: bool) -> None:
+    from server import console, report
+
+    found = report.load(path)
+    if quiet:
+        print(path)
+    else:
+        console.summary(found, path)
+    if found["status"] != "done":
+        raise _Stop(f"{path} stopped before its last round: the privacy budget of every client is spent")
+
+
+def _flags(seed: int | None, data: str | None, out: str | None) -> list[str]:
+    import shlex
+
+    given = {"run.seed": seed, "run.data": data, "run.out": out}
+    return [shlex.quote(f"{name}={value}") for name, value in given.items() if value is not None]
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else "''" if value == "" else str(value)
+
+
+def _fail(line: str, code: int) -> int:
+    print(f"umbel: {line}", file=sys.stderr)
+    return code
+
+
+def _check_house() -> None:
+    """Another distribution's package of one of our plain names would be imported in our place: name the culprit."""
+    import importlib.util
+
+    house = Path(__file__).resolve().parent.parent
+    for name in ("clients", "edge_export", "privacy", "scenarios"):
+        spec = importlib.util.find_spec(name)
+        found = Path(spec.origin).resolve().parent if spec and spec.origin else None
+        if found != house / name:
+            raise Refused(f"package {name!r} is {found or 'missing'}, not {house / name}: uninstall what provides it")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""report.json: everything a run found out, as one plain dict; what scripts read and report.html is drawn from."""
+
+import platform
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+from clients.task import Hello
+from clients.training import Node
+from privacy import accounting, dp_sgd
+from privacy.plan import Plan
+from scenarios.settings import knobs
+from server.rounds import Row, Score, ServerState, Spent
+
+SCHEMA = 1
+_PACKAGES = ("umbel", "flwr", "torch", "opacus", "dp-accounting", "onnx", "onnxruntime", "torch-pruning", "numpy")
+_NOT_COVERED = (
+    "the number of examples of each client, which weighs its update and sets its sampling rate",
+    "who took part in which round, when, for how long and with how many bytes",
+    "the split of labels over clients, where a simulation draws its partition from them",
+    "constants of the scenario that were chosen by looking at data, and settings tuned in earlier runs",
+    "floating-point and generator caveats: Gaussian noise in float32 from a Mersenne Twister seeded by the system",
+)
+
+
+def collect(
+    node: Node,
+    state: ServerState,
+    roster: Mapping[str, Hello],
+    plans: Mapping[str, Plan],
+    rows: Sequence[Row],
+    final: Score,
+    compared: Mapping[str, Any],
+    shipped: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    runtime: str,
+) -> dict[str, Any]:
+    """The whole of report.json; the keys that scripts rely on are listed in docs/runs.md."""
+    settings, scenario = node.settings, node.scenario
+    trained = [row for row in rows if row["phase"] == "train"]
+    defaults = {name: value for name, value, _ in knobs(scenario.settings)}
+    values = {name: value for name, value, _ in knobs(settings)}
+    return {
+        "schema": SCHEMA,
+        "umbel_version": version("umbel"),
+        "status": "done" if len(trained) == settings.rounds.number else "stopped",
+        "scenario": scenario.name,
+        "summary": scenario.summary,
+        "model": settings.model or next(iter(scenario.models)),
+        "seed": settings.run.seed,
+        "rounds": len(trained),
+        "parameters": sum(p.numel() for p in node.template.parameters()),
+        "final": {
+            "accuracy": final.accuracy,
+            "loss": final.loss,
+            "worst_client_accuracy": final.worst,
+            "evaluated_by": settings.evaluation.on,
+            "reason": None if final.accuracy is not None else "no client evaluated the final weights",
+        },
+        "reference": {key: value for key, value in compared.items() if key != "seconds"},
+        "privacy": _privacy(node, state, roster, plans),
+        "bytes": {key: sum(row[f"bytes_{key}"] for row in rows) for key in ("up", "down")},
+        "fleet": {
+            "profile": settings.fleet.profile,
+            "clients": len(roster),
+            "deadline": settings.fleet.deadline,
+            "simulated_seconds": state.clock or None,
+            "left_out": _left_out(rows),
+            "runtime": runtime,
+        },
+        "edge": dict(shipped),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+        "settings": values,
+        "changed": {name: value for name, value in values.items() if value != defaults[name]},
+        "seeds": "split, partition, initialization, cohorts, batches and devices come from run.seed; "
+        + (
+            "privacy noise comes from privacy.noise_seed"
+            if settings.privacy.noise_seed is not None
+            else "privacy noise never does"
+        ),
+        "seconds": {**seconds, "total": sum(seconds.values())},
+    }
+
+
+def _privacy(node: Node, state: ServerState, roster: Mapping[str, Hello], plans: Mapping[str, Plan]) -> dict[str, Any]:
+    wanted = node.settings.privacy
+    why_not = None
+    if wanted.unit == "none":
+        why_not = "no privacy was asked for (privacy.unit=none)"
+    elif wanted.noise_seed is not None:
+        why_not = (
+            "the noise is seeded (privacy.noise_seed) and can be computed and taken away by anyone who knows the seed"
+        )
+    clients, epsilons = [], []
+    for name, plan in plans.items():
+        spent = state.clients.get(name, Spent())
+        history = {plan.mechanism: spent.steps}
+        epsilons.append(accounting.epsilon(history, plan.delta))
+        clients.append(
+            {
+                "name": name,
+                "examples": roster[name].examples,
+                "epsilon": epsilons[-1],
+                "epsilon_rdp": dp_sgd.epsilon_rdp(history, plan.delta),
+                "delta": plan.delta,
+                "noise_multiplier": plan.mechanism.noise_multiplier,
+                "sampling_rate": plan.mechanism.sampling_rate,
+                "steps": spent.steps,
+                "rounds": spent.rounds,
+            }
+        )
+    return {
+        "unit": wanted.unit,
+        "guarantee": why_not is None,
+        "why_not": why_not,
+        "epsilon": wanted.epsilon if plans else None,
+        "accountant": accounting.ACCOUNTANT if plans else None,
+        "adjacency": accounting.ADJACENCY if plans else None,
+        "delta_rule": _delta_rule(wanted.delta) if plans else None,
+        "clip": wanted.clip if plans else None,
+        "clients": clients,
+        "worst_epsilon": max(epsilons, default=None),
+        "median_epsilon": statistics.median(epsilons) if epsilons else None,
+        "not_covered": _not_covered(node) if plans else [],
+    }
+
+
+def _delta_rule(delta: float | None) -> str:
+    return "1 / (10 x the client's examples)" if delta is None else f"{delta:g} for every client"
+
+
+def _not_covered(node: Node) -> list[str]:
+    texts = list(_NOT_COVERED)
+    if node.settings.evaluation.on == "clients":
+        texts.insert(0, "test accuracy and loss that the clients computed, released without noise")
+    return texts
+
+
+def _left_out(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """{name, reason, times}, most often first: who was skipped, late or rejected."""
+    times: Counter[tuple[str, str]] = Counter()
+    for row in rows:
+        times.update((entry["name"], entry["reason"].split(":")[0]) for entry in [*row["skipped"], *row["rejected"]])
+        times.update((name, "late") for name in row["late"])
+    ordered = sorted(times.items(), key=lambda item: (-item[1], item[0]))
+    return [{"name": name, "reason": reason, "times": count} for (name, reason), count in ordered]

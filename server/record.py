@@ -1,0 +1,204 @@
+"""The run folder: one writer, rounds committed all or nothing, and everything that a killed run needs to go on."""
+
+import fcntl
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from privacy.ledger import Ledger
+from privacy.refused import Refused
+from scenarios.settings import Settings, from_toml, to_toml
+from server.rounds import Row, ServerState, Spent
+
+_FORMAT = "1"
+
+
+class RunFolder:
+    """One run on disk. The checkpoint's rename is the commit; rounds.jsonl is brought in line with it on opening.
+
+    settings.toml (scenario and settings), ledger.jsonl (steps reserved under DP), checkpoint.safetensors (the committed
+    state with its row), rounds.jsonl (a row a committed round), start.json (what the run began with).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.states = path / "clients"
+        """Client states of simulated clients; a real device keeps its own."""
+        self._ledger = Ledger(path / "ledger.jsonl")
+        self._lock = self._hold()
+
+    @classmethod
+    def create(cls, path: Path, scenario: str, settings: Settings) -> "RunFolder":
+        """A new run in `path`, which must be empty or absent. Raises Refused otherwise."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise Refused(f"{path} is not empty: choose another --out, or `umbel resume {path}`")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Refused(f"{path} cannot be made ({error.strerror}): choose another --out") from None
+        folder = cls(path)
+        folder.write_settings(scenario, settings)
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """An existing run. Raises Refused when it is none, or when another process holds it."""
+        if not (path / "settings.toml").is_file():
+            raise Refused(f"{path} is no run folder: it has no settings.toml; `umbel run` makes one")
+        return cls(path)
+
+    def discard(self) -> None:
+        """Leave nothing behind of a run that was refused before it began."""
+        self.close()
+        shutil.rmtree(self.path)
+
+    def close(self) -> None:
+        """Let another process hold the run."""
+        os.close(self._lock)
+
+    def settings(self) -> tuple[str, Settings]:
+        """(scenario, settings) the run was started with."""
+        return from_toml(self.path / "settings.toml")
+
+    def write_settings(self, scenario: str, settings: Settings) -> None:
+        write_atomic(self.path / "settings.toml", to_toml(settings, scenario).encode())
+
+    def reserve(self, number: int, steps: Mapping[str, int]) -> None:
+        """Write down, durably, what round `number` may release (Journal)."""
+        self._ledger.reserve(number, steps)
+
+    def unanswered(self, committed: int) -> Counter[str]:
+        """Steps by client of rounds that were begun after the last committed one."""
+        return self._ledger.unanswered(committed)
+
+    def commit(self, state: ServerState, row: Row) -> None:
+        """Make the round durable (Journal): the checkpoint replaces the old one, then the row joins rounds.jsonl."""
+        tensors: dict[str, NDArray[Any]] = {f"step/{name}": value for name, value in state.step.items()}
+        tensors["weights"] = state.weights
+        if state.average is not None:
+            tensors["average"] = state.average
+        rest = {
+            "until": state.until,
+            "round": state.round,
+            "phase": state.phase,
+            "layout": state.layout,
+            "averaged": state.averaged,
+            "clock": state.clock,
+            "clients": {name: [s.steps, s.rounds, s.last] for name, s in state.clients.items()},
+            "row": row,
+        }
+        write_atomic(
+            self.path / "checkpoint.safetensors", save(tensors, {"format": _FORMAT, "state": json.dumps(rest)})
+        )
+        self._append(row)
+
+    def committed(self) -> ServerState | None:
+        """The last committed state; None before the first round. Brings rounds.jsonl in line with it.
+
+        Raises Refused when a file of the run is damaged.
+        """
+        path = self.path / "checkpoint.safetensors"
+        if not path.exists():
+            write_atomic(self.path / "rounds.jsonl", b"")
+            return None
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata()
+                tensors: dict[str, NDArray[Any]] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            rest = json.loads(metadata["state"])
+            state = ServerState(
+                weights=tensors["weights"],
+                layout=tuple((name, tuple(shape)) for name, shape in rest["layout"]),
+                step={name.removeprefix("step/"): v for name, v in tensors.items() if name.startswith("step/")},
+                until=rest["until"],
+                round=rest["round"],
+                phase=rest["phase"],
+                clients={name: Spent(*numbers) for name, numbers in rest["clients"].items()},
+                average=tensors.get("average"),
+                averaged=rest["averaged"],
+                clock=rest["clock"],
+            )
+            row = rest["row"]
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise Refused(f"{path} is damaged ({type(error).__name__}): the run cannot go on from it") from None
+        rows = self.rows(torn_tail=True)
+        if [r["round"] for r in rows] not in ([*range(1, state.round + 1)], [*range(1, state.round)]):
+            raise Refused(f"{self.path / 'rounds.jsonl'} does not match the checkpoint of round {state.round}")
+        if len(rows) < state.round:
+            rows.append(row)
+        write_atomic(self.path / "rounds.jsonl", "".join(_line(r) for r in rows).encode())
+        return state
+
+    def rows(self, torn_tail: bool = False) -> list[Row]:
+        """The rows of rounds.jsonl. With `torn_tail` a last line that a crash cut off is left out."""
+        path = self.path / "rounds.jsonl"
+        if not path.exists():
+            return []
+        lines = path.read_bytes().split(b"\n")
+        try:
+            return [json.loads(line) for line in lines[: -1 if torn_tail else None] if line]
+        except ValueError:
+            raise Refused(f"{path} is damaged: a line is no JSON") from None
+
+    def read_json(self, name: str) -> Any:
+        """A JSON file of the run; None when it is not there."""
+        path = self.path / name
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_bytes())
+        except ValueError:
+            raise Refused(f"{path} is damaged: it is no JSON") from None
+
+    def write_json(self, name: str, value: Any) -> None:
+        write_atomic(self.path / name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def _append(self, row: Row) -> None:
+        with (self.path / "rounds.jsonl").open("ab") as file:
+            file.write(_line(row).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _hold(self) -> int:
+        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(lock)
+            raise Refused(
+                f"{self.path} is held by another process that is running it: wait for it or stop it"
+            ) from None
+        return lock
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`, durably: a crash leaves the old file or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def save_named(path: Path, tensors: Mapping[str, NDArray[np.float32]]) -> None:
+    """Named tensors as one safetensors file, atomically."""
+    write_atomic(path, save(dict(tensors), {"format": _FORMAT}))
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row) + "\n"

@@ -1,0 +1,257 @@
+"""One federation, top to bottom: a generator over rounds, each committed before it is yielded.
+
+Legend: P is the number of weights; K the number of clients.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from clients import codecs
+from clients.task import Hello, Reply, Task
+from privacy import accounting
+from privacy.plan import Plan
+from scenarios.settings import Local, Settings
+from scenarios.weights import Layout, Vector, flatten, layout
+from server import combine, select, step
+
+Row = dict[str, Any]
+"""One line of rounds.jsonl."""
+
+
+class Fleet(Protocol):
+    """The clients, wherever they run."""
+
+    def hello(self) -> Mapping[str, Hello]:
+        """Every client by name, sorted; asked once."""
+
+    def ask(self, tasks: Sequence[Task]) -> Iterator[Reply]:
+        """One reply a task, in the tasks' order (client names, sorted); a failure is a reply with a reason."""
+
+
+class Journal(Protocol):
+    """What makes a round durable."""
+
+    def reserve(self, number: int, steps: Mapping[str, int]) -> None:
+        """Before data is touched: these clients may now run these steps under DP."""
+
+    def commit(self, state: "ServerState", row: Row) -> None:
+        """All or nothing: weights, step state, account, metrics."""
+
+
+class Score(NamedTuple):
+    loss: float | None
+    accuracy: float | None
+    worst: float | None = None
+    """Accuracy of the worst client, where clients evaluate."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """One client so far."""
+
+    steps: int = 0
+    """Steps that may have been released, lost rounds included."""
+    rounds: int = 0
+    last: int = 0
+    """The last round its update was part of."""
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything that a round changes; what `commit` saves."""
+
+    weights: Vector
+    layout: Layout
+    step: step.State
+    until: int
+    """The last round of the phase."""
+    round: int = 0
+    phase: str = "train"
+    """train, or recover after pruning."""
+    clients: Mapping[str, Spent] = field(default_factory=dict)
+    average: NDArray[np.float64] | None = None
+    """Sum (P,) of the weights after the last rounds of the phase `train`."""
+    averaged: int = 0
+    clock: float = 0.0
+    """Seconds on the simulated clock."""
+
+
+def rounds(
+    fleet: Fleet,
+    roster: Mapping[str, Hello],
+    plans: Mapping[str, Plan],
+    state: ServerState,
+    settings: Settings,
+    journal: Journal,
+    score: Callable[[ServerState], Score],
+) -> Iterator[tuple[ServerState, Row]]:
+    """Rounds state.round + 1 to state.until; yields (state, row) once a round is durable.
+
+    plans: by client name; empty without DP. A client that is late, fails or answers garbage costs its own update and is
+    named in the row. A round with fewer than settings.rounds.minimum good replies is committed and not applied.
+    """
+    names = sorted(roster)
+    combined, server_step = combine.resolve(settings.server), step.resolve(settings.server)
+    codec = codecs.resolve(settings.codec)
+    while state.round < state.until:
+        began, number = time.monotonic(), state.round + 1
+
+        # who is asked, and may they: what they could release is written down before any task goes out
+        spent = {name: client.steps for name, client in state.clients.items()}
+        traffic = state.weights.nbytes, codec.bytes(len(state.weights))
+        chosen = select.cohort(names, roster, settings, number, traffic, plans, spent)
+        tasks = [_task(state, plans, settings, number, name, steps) for name, steps in chosen.steps.items()]
+        if plans and tasks:
+            journal.reserve(number, chosen.steps)
+
+        # train; what comes back is decoded and checked one by one, and combined as it comes
+        row = _new_row(state, number, chosen, tasks)
+        accepted: dict[str, int] = {}
+        update = combined(_good(fleet.ask(tasks), tasks, roster, settings, codec, row, accepted), settings.server)
+
+        # server step
+        if update is None or len(accepted) < settings.rounds.minimum:
+            row["reason"] = f"{len(accepted)} good replies, rounds.minimum is {settings.rounds.minimum}"
+        else:
+            try:
+                weights, step_state = server_step.apply(state.step, state.weights, update)
+                state, row["applied"] = replace(state, weights=weights, step=step_state), True
+            except OverflowError as error:
+                row["reason"] = str(error)
+
+        # commit: all or nothing
+        state = _advance(state, settings, number, chosen, accepted, row)
+        row["loss"], row["accuracy"], row["worst_client_accuracy"] = score(state)
+        row["epsilon"] = worst_epsilon(state, plans)
+        row["seconds"] = time.monotonic() - began
+        journal.commit(state, row)
+        yield state, row
+
+
+def first_state(model: nn.Module, settings: Settings) -> ServerState:
+    """Before round 1."""
+    weights = flatten(model)
+    return ServerState(weights, layout(model), step.resolve(settings.server).init(len(weights)), settings.rounds.number)
+
+
+def final_weights(state: ServerState) -> Vector:
+    """(P,): the mean of the last rounds' weights, of the unpruned model."""
+    if state.average is None:
+        return state.weights
+    return (state.average / state.averaged).astype(np.float32)
+
+
+def rate(local: Local, number: int, rounds_number: int) -> float:
+    """The local learning rate of round `number`; recovery rounds keep the last one's."""
+    progress = min(number - 1, rounds_number - 1) / max(1, rounds_number - 1)
+    return local.rate * (1 - local.decay * progress)
+
+
+def worst_epsilon(state: ServerState, plans: Mapping[str, Plan]) -> float | None:
+    """The largest epsilon that any client has spent so far; None without DP."""
+    histories = {
+        name: ({plan.mechanism: state.clients[name].steps if name in state.clients else 0}, plan.delta)
+        for name, plan in plans.items()
+    }
+    return accounting.worst(histories)
+
+
+def _task(
+    state: ServerState, plans: Mapping[str, Plan], settings: Settings, number: int, name: str, steps: int
+) -> Task:
+    plan = plans.get(name)
+    return Task(
+        kind="train",
+        round=number,
+        client=name,
+        weights=state.weights,
+        layout=state.layout,
+        rate=rate(settings.local, number, settings.rounds.number),
+        steps=steps,
+        state_round=state.clients[name].last if name in state.clients else 0,
+        deadline=settings.fleet.deadline if settings.fleet.clock == "wall" else 0.0,
+        mechanism=plan.mechanism if plan else None,
+        clip=plan.clip if plan else 0.0,
+    )
+
+
+def _new_row(state: ServerState, number: int, chosen: select.Cohort, tasks: Sequence[Task]) -> Row:
+    return {
+        "round": number,
+        "phase": state.phase,
+        "cohort": sorted([*chosen.steps, *chosen.late, *(entry["name"] for entry in chosen.skipped)]),
+        "replies": 0,
+        "rejected": [],
+        "late": list(chosen.late),
+        "skipped": chosen.skipped,
+        "applied": False,
+        "reason": None,
+        "bytes_up": 0,
+        "bytes_down": state.weights.nbytes * len(tasks),
+    }
+
+
+def _good(
+    replies: Iterable[Reply],
+    tasks: Sequence[Task],
+    roster: Mapping[str, Hello],
+    settings: Settings,
+    codec: codecs.Codec,
+    row: Row,
+    accepted: dict[str, int],
+) -> Iterator[combine.Contribution]:
+    """The replies that can be used, decoded; the others are named in `row`. Fills `accepted`: client -> steps taken."""
+    for task, reply in zip(tasks, replies, strict=True):
+        row["bytes_up"] += len(reply.payload)
+        try:
+            if reply.late:
+                row["late"].append(task.client)
+                continue
+            if reply.reason:
+                raise ValueError(reply.reason)
+            if (reply.round, reply.client) != (task.round, task.client):
+                raise ValueError(f"answered for round {reply.round} of {reply.client!r}"[:200])
+            if not 1 <= reply.steps <= task.steps:
+                raise ValueError(f"took {reply.steps} steps where 1 to {task.steps} were asked")
+            if reply.examples != roster[task.client].examples:
+                raise ValueError(f"trained on {reply.examples} examples, had {roster[task.client].examples} at first")
+            update = codec.decode(reply.payload, len(task.weights))
+        except ValueError as error:
+            row["rejected"].append({"name": task.client, "reason": str(error)})
+            continue
+        row["replies"] += 1
+        accepted[task.client] = reply.steps
+        weight = float(reply.examples) if settings.server.weighting == "examples" else 1.0
+        yield combine.Contribution(update, weight, reply.steps)
+
+
+def _advance(
+    state: ServerState,
+    settings: Settings,
+    number: int,
+    chosen: select.Cohort,
+    accepted: Mapping[str, int],
+    row: Row,
+) -> ServerState:
+    """The state after round `number`: who was asked has spent, whether its reply came or not; average; clock."""
+    clients = dict(state.clients)
+    for name, asked in chosen.steps.items():
+        before = clients.get(name, Spent())
+        clients[name] = Spent(
+            before.steps + accepted.get(name, asked),
+            before.rounds + 1,
+            number if row["applied"] and name in accepted else before.last,
+        )
+    average, averaged = state.average, state.averaged
+    if state.phase == "train" and number > state.until - settings.rounds.average:
+        average = state.weights.astype(np.float64) + (0 if average is None else average)
+        averaged += 1
+    clock = state.clock + chosen.seconds
+    row["simulated_seconds"] = clock if clock else None
+    return replace(state, round=number, clients=clients, average=average, averaged=averaged, clock=clock)

@@ -1,0 +1,231 @@
+"""The main job, top to bottom: rounds, references, pruning and recovery, export, report; each part resumes."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+from clients import codecs
+from clients.device import profile
+from clients.task import Hello
+from clients.training import Node, digest
+from privacy import dp_sgd
+from privacy.plan import Mechanism, Plan
+from privacy.refused import Refused
+from scenarios import Scenario, build_model
+from scenarios.settings import Settings
+from scenarios.weights import layout, unflatten
+from server import budget, combine, edge, facts, report, step
+from server.record import RunFolder, save_named
+from server.references import references
+from server.rounds import Fleet, Row, ServerState, Spent, final_weights, first_state, rounds
+from server.score import scorer
+
+
+class Progress(Protocol):
+    """Who watches."""
+
+    def row(self, row: Row) -> None:
+        """A round was committed."""
+
+    def status(self, text: str) -> None:
+        """What the run does now, between rounds."""
+
+
+class Stopped(Exception):
+    """The run stopped on purpose and can be resumed; the message says why."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same from the first round of a run to its report."""
+
+    node: Node
+    folder: RunFolder
+    fleet: Fleet
+    roster: Mapping[str, Hello]
+    plans: Mapping[str, Plan]
+    progress: Progress
+    stop: Callable[[], bool]
+    runtime: str
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Go from the last committed round to the report, report.json, and return it. Raises Stopped when asked to."""
+    state = job.folder.committed() or first_state(job.node.template, job.node.settings)
+    state = _with_lost_rounds(job, state)
+    if state.phase == "train":
+        state = _federate(job, state)
+        if state.average is None:  # the budget ended before the last rounds
+            state = replace(state, average=state.weights.astype("float64"), averaged=1)
+    _save_weights(job, state)
+    compared = job.folder.read_json("references.json")
+    if compared is None:
+        began = time.monotonic()
+        compared = references(job.node, job.runtime, job.progress.status) | {"seconds": time.monotonic() - began}
+        job.folder.write_json("references.json", compared)
+    return _ship(job, state, compared)
+
+
+def export(job: Job) -> dict[str, Any]:
+    """Prune, recover and ship a finished run's weights again, with what is left of its budget; returns report.json."""
+    state, compared = job.folder.committed(), job.folder.read_json("references.json")
+    if state is None or compared is None:
+        raise Refused(f"{job.folder.path} has not come to its export: `umbel resume {job.folder.path}` goes on with it")
+    state = _with_lost_rounds(job, state)
+    return _ship(job, replace(state, phase="train", until=state.round), compared)
+
+
+def prepare(
+    scenario: Scenario,
+    settings: Settings,
+    folder: RunFolder,
+    fleet_of: Callable[[Node], Fleet],
+    progress: Progress,
+    stop: Callable[[], bool] = lambda: False,
+    runtime: str = "embedded",
+) -> Job:
+    """Meet the fleet and calibrate its noise, or check that a resumed run meets the same fleet with the same data.
+
+    stop: asked after every round. Raises Refused for what cannot work; a new run then leaves nothing behind.
+    """
+    start = folder.read_json("start.json")
+    try:
+        check(scenario, settings)
+        node = Node(scenario, settings, scenario.data(settings), folder.states)
+        fleet = fleet_of(node)
+        progress.status("waiting for the clients' first word")
+        roster = fleet.hello()
+        held = {"validation": node.federation.validation, "test": node.federation.test}
+        server_data = {name: digest(folder.states, part) for name, part in held.items() if part is not None}
+        if start is None:
+            progress.status("calibrating noise")
+            plans = budget.plans(roster, settings)
+            _write_start(folder, roster, plans, server_data)
+        else:
+            plans = _read_plans(start)
+            _same_data(start, roster, server_data)
+    except Refused:
+        if start is None:
+            folder.discard()
+        raise
+    return Job(node, folder, fleet, roster, plans, progress, stop, runtime)
+
+
+def check(scenario: Scenario, settings: Settings) -> None:
+    """Refuse names and pairs of settings that cannot work, before anyone is asked."""
+    codecs.resolve(settings.codec)
+    combine.resolve(settings.server)
+    step.resolve(settings.server)
+    profile(settings.fleet.profile)
+    model = build_model(scenario, settings)
+    if settings.privacy.unit == "example":
+        dp_sgd.check(model)
+    if settings.rounds.average > settings.rounds.number:
+        raise Refused(
+            f"rounds.average={settings.rounds.average} is more than rounds.number={settings.rounds.number}: lower it"
+        )
+
+
+def _federate(job: Job, state: ServerState) -> ServerState:
+    """The rounds of the state's phase. Ends early when no client can afford another round."""
+    settings = job.node.settings
+    score = scorer(job.node, job.fleet, sorted(job.roster))
+    if _exhausted(job, state):
+        return state
+    for state, row in rounds(job.fleet, job.roster, job.plans, state, settings, job.folder, score):  # noqa: B020
+        job.progress.row(row)
+        if job.stop():
+            raise Stopped(f"stopped after round {state.round}: `umbel resume {job.folder.path}` goes on")
+        if _exhausted(job, state):
+            break
+    return state
+
+
+def _ship(job: Job, state: ServerState, compared: Mapping[str, Any]) -> dict[str, Any]:
+    """Prune, recover, export, choose, report."""
+    began, settings = time.monotonic(), job.node.settings
+    final, recovered, note = final_weights(state), None, ""
+    try:
+        if state.phase == "train":
+            number = edge.affordable_rounds(
+                job.roster, job.plans, state.clients, settings, settings.export.recover_rounds
+            )
+            recovered = edge.pruned_state(job.node, state, final, number)
+            if number < settings.export.recover_rounds:
+                note = (
+                    f"{number} of {settings.export.recover_rounds} recovery rounds: the privacy budget allows no more"
+                )
+        else:
+            recovered = state
+        recovered = _federate(job, recovered)
+    except Refused as error:
+        note = str(error)
+    shipped = edge.ship(job.node, job.folder.path, final, recovered, note, job.progress.status)
+    after = recovered or state
+    score = scorer(job.node, job.fleet, sorted(job.roster))
+    at_end = score(replace(after, weights=final, layout=layout(job.node.template)))
+    rows = job.folder.rows()
+    seconds = {
+        "rounds": sum(row["seconds"] for row in rows),
+        "references": compared["seconds"],
+        "export": time.monotonic() - began - sum(row["seconds"] for row in rows if row["round"] > state.round),
+    }
+    job.progress.status("writing the report")
+    whole = facts.collect(job.node, after, job.roster, job.plans, rows, at_end, compared, shipped, seconds, job.runtime)
+    job.folder.write_json("report.json", whole)
+    report.write(job.folder.path)
+    return whole
+
+
+def _exhausted(job: Job, state: ServerState) -> bool:
+    """No client can afford a round that is still to come."""
+    if not job.plans or state.round >= state.until:
+        return False
+    return edge.affordable_rounds(job.roster, job.plans, state.clients, job.node.settings, 1) == 0
+
+
+def _with_lost_rounds(job: Job, state: ServerState) -> ServerState:
+    """What an interrupted round may have released counts as spent; seeded noise only repeats the same release."""
+    if not job.plans or job.node.settings.privacy.noise_seed is not None:
+        return state
+    clients = dict(state.clients)
+    for name, steps in job.folder.unanswered(state.round).items():
+        before = clients.get(name, Spent())
+        clients[name] = replace(before, steps=before.steps + steps)
+    return replace(state, clients=clients)
+
+
+def _save_weights(job: Job, state: ServerState) -> None:
+    named = unflatten(final_weights(state), layout(job.node.template))
+    save_named(job.folder.path / "weights.safetensors", {name: value.numpy() for name, value in named.items()})
+
+
+def _write_start(
+    folder: RunFolder, roster: Mapping[str, Hello], plans: Mapping[str, Plan], server_data: Mapping[str, str]
+) -> None:
+    clients = {name: asdict(hello) for name, hello in roster.items()}
+    folder.write_json(
+        "start.json",
+        {
+            "clients": clients,
+            "plans": {name: asdict(plan) for name, plan in plans.items()},
+            "server_data": dict(server_data),
+        },
+    )
+
+
+def _read_plans(start: Mapping[str, Any]) -> dict[str, Plan]:
+    return {
+        name: Plan(**{**plan, "mechanism": Mechanism(**plan["mechanism"])}) for name, plan in start["plans"].items()
+    }
+
+
+def _same_data(start: Mapping[str, Any], roster: Mapping[str, Hello], server_data: Mapping[str, str]) -> None:
+    for name, before in start["clients"].items():
+        if name not in roster:
+            raise Refused(f"client {name} of this run is not there any more: start its node, or start a new run")
+        if roster[name].digest != before["digest"]:
+            raise Refused(f"the data of client {name} has changed since the run began: start a new run")
+    if dict(server_data) != start["server_data"]:
+        raise Refused("the server's test or validation data has changed since the run began: start a new run")

@@ -1,0 +1,89 @@
+"""Who is asked: the cohort of a round, each client's steps, and who is left out before being asked, and why."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from clients.device import step_seconds, transfer_seconds
+from clients.task import Hello
+from privacy.plan import Plan
+from scenarios.seeds import derive
+from scenarios.settings import Local, Settings
+
+
+@dataclass
+class Cohort:
+    """What a round asks of whom, before any message goes out."""
+
+    steps: dict[str, int] = field(default_factory=dict)
+    """Clients to ask, in name order -> local steps."""
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    """{name, reason}: offline, memory or budget."""
+    late: list[str] = field(default_factory=list)
+    """Cannot do a single step before the deadline, so they are not even asked."""
+    seconds: float = 0.0
+    """What the round takes on the simulated clock."""
+
+
+def local_steps(local: Local, examples: int, private: bool) -> int:
+    """Steps a round. Under DP an epoch is 1/q Poisson samples; else it is every example once."""
+    if local.steps:
+        return local.steps
+    if private:
+        return math.ceil(local.epochs / sampling_rate(local, examples) - 1e-9)
+    return local.epochs * math.ceil(examples / (local.batch or examples))
+
+
+def sampling_rate(local: Local, examples: int) -> float:
+    """q: the chance of an example to be in a step's batch; all of them where the batch is the whole data."""
+    return min(1.0, local.batch / examples) if local.batch else 1.0
+
+
+def cohort(
+    names: Sequence[str],
+    roster: Mapping[str, Hello],
+    settings: Settings,
+    number: int,
+    traffic: tuple[int, int],
+    plans: Mapping[str, Plan],
+    spent: Mapping[str, int],
+) -> Cohort:
+    """The cohort of round `number`, drawn from the run's seed.
+
+    names: all clients, sorted. traffic: bytes (down, up) a client. plans: empty without DP. spent: steps by client.
+    """
+    chosen, fleet = Cohort(), settings.fleet
+    size = max(1, round(settings.rounds.fraction * len(names)))
+    rng = np.random.default_rng(derive(settings.run.seed, "cohort", number))
+    drawn = range(len(names)) if size == len(names) else sorted(rng.choice(len(names), size, replace=False))
+    simulated = fleet.clock == "simulated"
+    for name in (names[i] for i in drawn):
+        device, examples = roster[name].device, roster[name].examples
+        steps = local_steps(settings.local, examples, bool(plans))
+        batch = min(settings.local.batch or examples, examples)
+        memory = traffic[0] * (4 + (batch if plans else 0))  # weights, gradient, update, start; a gradient an example
+        online = np.random.default_rng(derive(settings.run.seed, "online", number, name)) if simulated else None
+        if online is not None and device.availability < 1 and online.random() >= device.availability:
+            chosen.skipped.append({"name": name, "reason": "offline"})
+            continue
+        if device.memory and memory > device.memory:
+            reason = f"memory: needs {memory / 2**20:.0f} MiB, has {device.memory / 2**20:.0f}"
+            chosen.skipped.append({"name": name, "reason": reason})
+            continue
+        if simulated:
+            link, step = transfer_seconds(device, *traffic), step_seconds(device, batch)
+            if fleet.deadline and link + steps * step > fleet.deadline:
+                steps = int((fleet.deadline - link) / step) if step and link < fleet.deadline else 0
+                if steps < 1:
+                    chosen.late.append(name)
+                    chosen.seconds = fleet.deadline
+                    continue
+            chosen.seconds = max(chosen.seconds, link + steps * step)
+        if plans and spent.get(name, 0) + steps > plans[name].steps:
+            reason = f"budget: epsilon {plans[name].epsilon:g} does not allow another round"
+            chosen.skipped.append({"name": name, "reason": reason})
+            continue
+        chosen.steps[name] = steps
+    return chosen
