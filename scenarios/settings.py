@@ -157,7 +157,8 @@ def _validated(tree: dict[str, Any], source: str) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        raise Refused(f"setting {name}={first['input']} (in {source!r}): {first['msg']}") from None
+        given = " ".join(str(first["input"]).split())  # one line, whatever came
+        raise Refused(f"setting {name}={given} (in {source!r}): {first['msg']}") from None
 
 
 def to_toml(settings: Settings, scenario: str) -> str:
@@ -176,7 +177,7 @@ def from_toml(path: Path) -> tuple[str, Settings]:
     """(scenario, settings) of a file that `to_toml` wrote. Raises Refused when it cannot be read."""
     try:
         tree = tomllib.loads(path.read_text())
-        scenario = tree.pop("scenario")
+        scenario = str(tree.pop("scenario"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, KeyError) as error:
         raise Refused(f"{path} is no settings file of a run ({type(error).__name__}): is this a run folder?") from None
     return scenario, _validated(tree, str(path))
@@ -186,5 +187,6 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        text = value.replace("\\", "\\\\").replace('"', '\\"')
+        return '"' + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text) + '"'
     return repr(value)

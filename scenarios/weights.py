@@ -47,15 +47,15 @@ def fit(model: nn.Module, shapes: Layout) -> None:
     Raises Refused when the names differ, a shape is no part of the model's, or a layer of another kind would have to
     change.
     """
-    whole, wanted = dict(layout(model)), dict(shapes)
-    if layout(model) == shapes:
+    whole = layout(model)
+    if whole == shapes:
         return
-    if [name for name, _ in layout(model)] != [name for name, _ in shapes]:
+    if [name for name, _ in whole] != [name for name, _ in shapes]:
         raise Refused("the weights are of another model: their names differ")
-    for name, shape in shapes:
-        old = whole[name]
-        if len(shape) != len(old) or not all(0 < new <= size for new, size in zip(shape, old, strict=True)):
-            raise Refused(f"the weights are of another model: {name} has shape {shape}, no part of {old}")
+    for (name, full), (_, part) in zip(whole, shapes, strict=True):
+        if len(part) != len(full) or not all(0 < size <= most for size, most in zip(part, full, strict=True)):
+            raise Refused(f"the weights are of another model: {name} has shape {part}, no part of {full}")
+    wanted = dict(shapes)
     for prefix, module in model.named_modules():
         entries = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
         new = {name: wanted.get(f"{prefix}.{name}" if prefix else name) for name, _ in entries}
