@@ -78,7 +78,7 @@ def compare(folders: Sequence[Path], out: Path | None = None, console: Console |
     path = page.save(
         out or Path("compare.html"),
         page.render(
-            "compare.html.jinja",
+            "compare",
             version=groups[0].runs[0].report["umbel_version"],
             groups=groups,
             columns=COLUMNS,

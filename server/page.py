@@ -4,15 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import DictLoader, Environment, StrictUndefined
 
 from privacy.refused import Refused
 from server import units
 from server.record import write_atomic
+from server.templates import TEMPLATES
 
 
 def render(template: str, **values: object) -> str:
-    """The page that `templates/TEMPLATE` makes of the values. Everything but Markup is escaped."""
+    """The page that `template` (page, report, compare) makes of the values. Everything but Markup is escaped."""
     return _ENVIRONMENT.get_template(template).render(**values)
 
 
@@ -37,7 +38,7 @@ def _unbroken(text: Callable[..., str]) -> Callable[..., str]:
 
 
 _ENVIRONMENT = Environment(
-    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    loader=DictLoader(TEMPLATES),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,

@@ -35,7 +35,7 @@ def write(folder: Path) -> Path:
     spent = sorted(report["privacy"]["clients"], key=lambda client: (-(client["epsilon"] or 0), client["name"]))
     worst = report["privacy"]["worst_epsilon"]
     text = page.render(
-        "report.html.jinja",
+        "report",
         version=report["umbel_version"],
         run=report,
         rows=rows,

@@ -9,7 +9,7 @@ import pytest
 import scenarios
 from privacy.refused import Refused
 from scenarios.settings import knobs, override
-from server import report, units
+from server import page, report, units
 from server.figures import Series, curves
 
 VOID = {"meta", "br", "hr", "link", "img", "input"}
@@ -53,13 +53,13 @@ class Page(HTMLParser):
 
 def test_the_page_is_one_file_that_fetches_nothing(write_run):
     path = report.write(write_run())
-    page = Page(path)
+    shown = Page(path)
     assert path.name == "report.html"
     assert "http" not in path.read_text()
     assert "url(" not in re.sub(r"url\(#[\w-]+\)", "", path.read_text())
-    assert all(address.startswith("#") for address in page.addresses)
-    assert len(page.ids) == len(set(page.ids))
-    assert {address[1:] for address in page.addresses} <= set(page.ids)
+    assert all(address.startswith("#") for address in shown.addresses)
+    assert len(shown.ids) == len(set(shown.ids))
+    assert {address[1:] for address in shown.addresses} <= set(shown.ids)
 
 
 def test_the_page_says_what_was_learned_at_what_price_and_what_ships(write_run):
@@ -81,10 +81,10 @@ def test_seeded_noise_is_said_in_a_banner(write_run):
 
 
 def test_a_run_without_privacy_says_so_and_shows_no_epsilon(write_run):
-    page = Page(report.write(write_run(unit="none", recover=0)))
-    assert "This run has no differential privacy: no privacy was asked for (privacy.unit=none)" in page.text
-    assert "ε 8" not in page.text
-    assert "the run itself has no privacy" in page.text
+    shown = Page(report.write(write_run(unit="none", recover=0)))
+    assert "This run has no differential privacy: no privacy was asked for (privacy.unit=none)" in shown.text
+    assert "ε 8" not in shown.text
+    assert "the run itself has no privacy" in shown.text
 
 
 def test_accuracy_that_clients_measured_is_marked_as_not_covered(write_run):
@@ -118,10 +118,10 @@ def test_nan_in_the_files_counts_as_missing_and_infinity_is_shown_as_such(write_
 
 def test_a_thousand_clients_and_two_thousand_rounds_stay_readable(write_run):
     path = report.write(write_run(clients=1000, rounds=2000, simulated=True))
-    page = Page(path)
-    assert "The 50 clients that spent most" in page.text
-    assert "950 more clients spent no more than these" in page.text
-    assert page.rows < 100
+    shown = Page(path)
+    assert "The 50 clients that spent most" in shown.text
+    assert "950 more clients spent no more than these" in shown.text
+    assert shown.rows < 100
     assert path.stat().st_size < 1_000_000
 
 
@@ -206,6 +206,13 @@ def test_a_failed_write_leaves_the_old_page(write_run, monkeypatch):
     with pytest.raises(Refused, match="No space left"):
         report.write(folder)
     assert (folder / "report.html").read_text() == "old"
+
+
+def test_all_that_a_page_is_made_of_travels_in_the_bundle():
+    files = [
+        path for path in Path(page.__file__).parent.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    ]
+    assert {path.suffix for path in files} == {".py"}  # Flower bundles no templates by another name
 
 
 def test_a_curve_draws_every_point_and_its_colours_follow_the_page():

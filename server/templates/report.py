@@ -1,5 +1,7 @@
-{# One run: what was learned, how well, at what price. Filled by server/report.py. #}
-{% extends "page.html.jinja" %}
+"""One run: what was learned, how well, at what price. Filled by server/report.py."""
+# ruff: noqa: E501
+
+TEXT = r"""{% extends "page" %}
 {% macro times(count, noun) %}{{ count|number }} {{ noun }}{{ "" if count == 1 else "s" }}{% endmacro %}
 {% macro figure(svg, title, text) %}
 <figure><figcaption><b>{{ title }}</b> {{ text }}</figcaption>
@@ -132,3 +134,4 @@
 <dl>{% for name, value in run.settings.items() %}<dt>{{ name }}</dt><dd>{{ value|setting }}</dd>{% endfor %}</dl>
 </details>
 {% endblock %}
+"""

@@ -1,5 +1,7 @@
-{# Several runs side by side. Filled by server/compare.py. #}
-{% extends "page.html.jinja" %}
+"""Several runs side by side. Filled by server/compare.py."""
+# ruff: noqa: E501
+
+TEXT = r"""{% extends "page" %}
 {% macro key(style) %}{% set colour, dashes = stroke(style) %}<svg class="swatch" viewBox="0 0 30 10" aria-hidden="true"><path d="M0 5H30" fill="none" style="stroke:{{ colour }}" stroke-width="3" stroke-dasharray="{{ dashes }}"/></svg>{% endmacro %}
 {% macro label(group) %}{% for name, value in group.differs.items() %}<code>{{ name }}={{ value|setting }}</code>{{ " " if not loop.last }}{% else %}seeds alone{% endfor %}{% endmacro %}
 {% set runs = groups|map(attribute="runs")|map("length")|sum %}
@@ -41,3 +43,4 @@
 {% endfor %}{% endfor %}
 </tbody></table></div>
 {% endblock %}
+"""

@@ -1,5 +1,7 @@
-{# What every page of Umbel shares: its look on screen, phone and paper, and nothing that is fetched from elsewhere. #}
-<!doctype html>
+"""What every page of Umbel shares: its look on screen, phone and paper, and nothing that is fetched."""
+# ruff: noqa: E501
+
+TEXT = r"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -99,3 +101,4 @@ footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--line
 </main>
 </body>
 </html>
+"""
