@@ -42,22 +42,19 @@ def pruned_state(node: Node, state: ServerState, final: Vector, number: int) -> 
     )
 
 
-def affordable_rounds(
-    roster: Mapping[str, Hello], plans: Mapping[str, Plan], spent: Mapping[str, Spent], settings: Settings, wanted: int
-) -> int:
-    """How many of `wanted` further rounds enough clients (rounds.minimum) can afford; all of them without DP."""
-    if not plans:
-        return wanted
-    left = []
+def affordable(
+    roster: Mapping[str, Hello], plans: Mapping[str, Plan], spent: Mapping[str, Spent], settings: Settings
+) -> bool:
+    """Whether enough clients (rounds.minimum) can pay for one more round; always without DP."""
+    able = 0
     for name, plan in plans.items():
         steps = select.local_steps(settings.local, roster[name].examples, True)
-        left.append((plan.steps - spent.get(name, Spent()).steps) // steps)
-    left.sort(reverse=True)
-    return max(0, min(wanted, left[min(len(left), settings.rounds.minimum) - 1]))
+        able += spent.get(name, Spent()).steps + steps <= plan.steps
+    return not plans or able >= settings.rounds.minimum
 
 
 def ship(
-    node: Node, folder: Path, final: Vector, recovered: ServerState | None, why_not: str, status: Callable[[str], None]
+    node: Node, folder: Path, final: Vector, recovered: ServerState | None, recovery: str, status: Callable[[str], None]
 ) -> dict[str, Any]:
     """Export, check, measure and choose; returns the `edge` part of report.json."""
     candidates = {"unpruned": unpruned(node, final)}
@@ -73,13 +70,15 @@ def ship(
         test=node.federation.test,
         tolerance=node.settings.export.tolerance,
         classes=node.scenario.classes,
-        skipped={} if recovered is not None else {"pruned": why_not},
+        skipped={} if recovered is not None else {"pruned": recovery},
         progress=status,
     )
     chosen = next((variant for variant in variants if variant.chosen), None)
     return {
         "accuracy": chosen.accuracy if chosen else None,
-        "rule": bundle.RULE,
+        "recovery": recovery,
+        "rule": f"of the variants that lose at most {node.settings.export.tolerance:.1%} of the unpruned fp32 model's "
+        "validation accuracy the fastest, and of those as fast within measurement noise the smallest file",
         "variants": [asdict(variant) for variant in variants],
     }
 

