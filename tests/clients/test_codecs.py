@@ -315,6 +315,24 @@ def test_int8_keeps_zeros_and_the_largest_entry_of_each_block():
         assert np.count_nonzero(decoded) == 2
 
 
+def test_int8_scales_are_never_rounded_down_which_would_cut_the_largest_entry():
+    for seed in range(30):
+        update = vector(512, seed=seed)
+        (scale,) = np.frombuffer(codecs.int8().encode(update, None, 0)[0], "<f4", 1).astype(np.float64)
+        largest = np.abs(update).max().astype(np.float64)
+        assert largest * (1 - 1e-15) <= scale * 127 <= largest * (1 + 2e-7)
+
+
+def test_int8_keeps_the_largest_entry_at_the_last_draw_below_one(monkeypatch):
+    class Last:
+        def random(self, size):
+            return np.full(size, np.nextafter(1, 0))
+
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Last())
+    update = np.full(3, 127.0, np.float32)
+    assert (there_and_back("int8", update)[0] == update).all()
+
+
 def test_int8_gives_each_block_its_own_scale():
     update = np.concatenate([vector(512, scale=1e3), vector(512, seed=1, scale=1e-3)])
     decoded, _ = there_and_back("int8", update)

@@ -60,6 +60,13 @@ def test_fewer_than_least_give_none_and_least_give_an_update(server):
     assert combine.resolve(server)(enough, server) is not None
 
 
+@pytest.mark.parametrize("byzantine", [0, 1, 4])
+def test_krum_needs_what_its_theorem_needs(byzantine):
+    # Blanchard et al. 2017, Proposition 1: 2f + 2 < n
+    assert combine.least(Server(combine="krum", byzantine=byzantine)) == 2 * byzantine + 3
+    assert combine.least(Server(combine="multikrum", byzantine=byzantine)) == 2 * byzantine + 3
+
+
 @battery
 def test_equal_updates_come_out_as_they_are(server):
     update = np.random.default_rng(0).normal(size=50).astype(np.float32)
@@ -74,6 +81,7 @@ def test_the_result_is_float32_new_and_the_same_bits_again(server):
     first, second = (combine.resolve(server)(given, server) for _ in range(2))
     assert first.dtype == np.float32
     assert first.tobytes() == second.tobytes()
+    assert first.base is None  # a view would keep all clients' updates alive
     first[:] = 7
     assert all((one.update == old).all() for one, old in zip(given, before, strict=True))
 
