@@ -9,7 +9,7 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 from privacy.plan import History, Mechanism
 from privacy.refused import Refused
 
-ACCOUNTANT = "dp-accounting PLD (pessimistic connect-the-dots, interval 1e-3)"
+ACCOUNTANT = "dp-accounting PLD (pessimistic connect-the-dots, interval 1e-3, for full batches 0.005 / deviation)"
 ADJACENCY = "add or remove one example"
 _INTERVAL = 1e-3
 _TIGHT = 2e-3
@@ -37,22 +37,23 @@ def _epsilon(counts: tuple[tuple[Mechanism, int], ...], delta: float) -> float:
     full = sum(count / mechanism.noise_multiplier**2 for mechanism, count in counts if mechanism.sampling_rate == 1)
     parts = [_one_step(m.sampling_rate, m.noise_multiplier).self_compose(n) for m, n in counts if m.sampling_rate < 1]
     if full:
-        parts.append(_gaussian(1 / math.sqrt(full), 1.0))
+        deviation = 1 / math.sqrt(full)  # finer where epsilon is small: within 1e-4 of the closed form, at 1 to 4 ms
+        parts.append(_gaussian(deviation, 1.0, min(1e-2, 5e-3 / deviation) if len(parts) == 0 else _INTERVAL))
     total = parts[0]
     for part in parts[1:]:
         total = total.compose(part)
     return float(total.get_epsilon_for_delta(delta))
 
 
-def _gaussian(deviation: float, rate: float) -> pld.PrivacyLossDistribution:
+def _gaussian(deviation: float, rate: float, interval: float) -> pld.PrivacyLossDistribution:
     return pld.from_gaussian_mechanism(
-        deviation, value_discretization_interval=_INTERVAL, sampling_prob=rate, use_connect_dots=True
+        deviation, value_discretization_interval=interval, sampling_prob=rate, use_connect_dots=True
     )
 
 
 @lru_cache(maxsize=4096)
 def _one_step(rate: float, noise_multiplier: float) -> pld.PrivacyLossDistribution:
-    return _gaussian(noise_multiplier, rate)
+    return _gaussian(noise_multiplier, rate, _INTERVAL)
 
 
 def calibrate(sampling_rate: float, steps: int, budget: float, delta: float, max_noise: float) -> float:

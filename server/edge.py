@@ -17,7 +17,7 @@ from privacy.refused import Refused
 from scenarios.settings import Settings
 from scenarios.weights import Vector, fit, flatten, layout, load
 from server import select, step
-from server.rounds import ServerState, Spent
+from server.state import ServerState, Spent
 
 
 def pruned_state(node: Node, state: ServerState, final: Vector, number: int) -> ServerState:

@@ -1,6 +1,7 @@
 """EmbeddedFleet: every client in this process, trained one after another."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 from clients.task import Hello, Reply, Task
 from clients.training import Node, answer, hello
@@ -16,4 +17,4 @@ class EmbeddedFleet:
         return {name: hello(self._node, name) for name in sorted(self._node.federation.sizes)}
 
     def ask(self, tasks: Sequence[Task]) -> Iterator[Reply]:
-        return (answer(self._node, task) for task in tasks)
+        return map(partial(answer, self._node), tasks)

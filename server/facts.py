@@ -12,7 +12,7 @@ from clients.training import Node
 from privacy import accounting, dp_sgd
 from privacy.plan import Plan
 from scenarios.settings import knobs
-from server.rounds import Row, Score, ServerState, Spent
+from server.state import Row, Score, ServerState, Spent
 
 SCHEMA = 1
 _PACKAGES = ("umbel", "flwr", "torch", "opacus", "dp-accounting", "onnx", "onnxruntime", "torch-pruning", "numpy")

@@ -17,7 +17,7 @@ from safetensors.numpy import save
 from privacy.ledger import Ledger
 from privacy.refused import Refused
 from scenarios.settings import Settings, from_toml, to_toml
-from server.rounds import Row, ServerState, Spent
+from server.state import Row, ServerState, Spent
 
 _FORMAT = "1"
 

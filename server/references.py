@@ -15,8 +15,9 @@ from scenarios import Examples, Federation, Scenario, build_model
 from scenarios.settings import Local, Settings, override
 from scenarios.weights import flatten, layout
 from server.embedded import EmbeddedFleet
-from server.rounds import Row, ServerState, final_weights, first_state, rounds
+from server.rounds import rounds
 from server.score import NOTHING, scorer
+from server.state import Row, ServerState, final_weights, first_state
 
 
 class NoJournal:

@@ -5,23 +5,18 @@ Legend: P is the number of weights; K the number of clients.
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
-from torch import nn
 
 from clients import codecs
 from clients.task import Hello, Reply, Task
 from privacy import accounting
 from privacy.plan import Plan
 from scenarios.settings import Local, Settings
-from scenarios.weights import Layout, Vector, flatten, layout
 from server import combine, select, step
-
-Row = dict[str, Any]
-"""One line of rounds.jsonl."""
+from server.state import Row, Score, ServerState, Spent
 
 
 class Fleet(Protocol):
@@ -40,46 +35,8 @@ class Journal(Protocol):
     def reserve(self, number: int, steps: Mapping[str, int]) -> None:
         """Before data is touched: these clients may now run these steps under DP."""
 
-    def commit(self, state: "ServerState", row: Row) -> None:
+    def commit(self, state: ServerState, row: Row) -> None:
         """All or nothing: weights, step state, account, metrics."""
-
-
-class Score(NamedTuple):
-    loss: float | None
-    accuracy: float | None
-    worst: float | None = None
-    """Accuracy of the worst client, where clients evaluate."""
-
-
-@dataclass(frozen=True)
-class Spent:
-    """One client so far."""
-
-    steps: int = 0
-    """Steps that may have been released, lost rounds included."""
-    rounds: int = 0
-    last: int = 0
-    """The last round its update was part of."""
-
-
-@dataclass(frozen=True)
-class ServerState:
-    """Everything that a round changes; what `commit` saves."""
-
-    weights: Vector
-    layout: Layout
-    step: step.State
-    until: int
-    """The last round of the phase."""
-    round: int = 0
-    phase: str = "train"
-    """train, or recover after pruning."""
-    clients: Mapping[str, Spent] = field(default_factory=dict)
-    average: NDArray[np.float64] | None = None
-    """Sum (P,) of the weights after the last rounds of the phase `train`."""
-    averaged: int = 0
-    clock: float = 0.0
-    """Seconds on the simulated clock."""
 
 
 def rounds(
@@ -117,7 +74,8 @@ def rounds(
 
         # server step
         if update is None or len(accepted) < settings.rounds.minimum:
-            row["reason"] = f"{len(accepted)} good replies, rounds.minimum is {settings.rounds.minimum}"
+            least = max(settings.rounds.minimum, combine.least(settings.server))
+            row["reason"] = f"{len(accepted)} good replies, {least} are needed"
         else:
             try:
                 weights, step_state = server_step.apply(state.step, state.weights, update)
@@ -132,19 +90,6 @@ def rounds(
         row["seconds"] = time.monotonic() - began
         journal.commit(state, row)
         yield state, row
-
-
-def first_state(model: nn.Module, settings: Settings) -> ServerState:
-    """Before round 1."""
-    weights = flatten(model)
-    return ServerState(weights, layout(model), step.resolve(settings.server).init(len(weights)), settings.rounds.number)
-
-
-def final_weights(state: ServerState) -> Vector:
-    """(P,): the mean of the last rounds' weights, of the unpruned model."""
-    if state.average is None:
-        return state.weights
-    return (state.average / state.averaged).astype(np.float32)
 
 
 def rate(local: Local, number: int, rounds_number: int) -> float:

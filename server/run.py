@@ -15,11 +15,12 @@ from privacy.refused import Refused
 from scenarios import Scenario, build_model
 from scenarios.settings import Settings
 from scenarios.weights import Vector, layout, unflatten
-from server import budget, combine, edge, facts, report, step
+from server import budget, combine, edge, facts, report, select, step
 from server.record import RunFolder, save_named
 from server.references import references
-from server.rounds import Fleet, Row, ServerState, Spent, final_weights, first_state, rounds
+from server.rounds import Fleet, rounds
 from server.score import scorer
+from server.state import Row, ServerState, Spent, final_weights, first_state
 
 
 class Progress(Protocol):
@@ -96,6 +97,7 @@ def prepare(
         fleet = fleet_of(node)
         progress.status("waiting for the clients' first word")
         roster = fleet.hello()
+        _enough(roster, settings)
         held = {"validation": node.federation.validation, "test": node.federation.test}
         server_data = {name: digest(folder.states, part) for name, part in held.items() if part is not None}
         if start is None:
@@ -125,6 +127,17 @@ def check(scenario: Scenario, settings: Settings) -> None:
         raise Refused(
             f"rounds.average={settings.rounds.average} is more than rounds.number={settings.rounds.number}: lower it"
         )
+
+
+def _enough(roster: Mapping[str, Hello], settings: Settings) -> None:
+    """Refuse rounds that could never be applied."""
+    drawn = select.cohort_size(len(roster), settings)
+    if drawn < settings.rounds.minimum:
+        raise Refused(
+            f"rounds.minimum={settings.rounds.minimum} is more than the {drawn} clients a round asks: lower it"
+        )
+    if drawn < (least := combine.least(settings.server)):
+        raise Refused(f"server.combine={settings.server.combine} needs {least} replies, a round asks {drawn} clients")
 
 
 def _federate(job: Job, state: ServerState) -> ServerState:

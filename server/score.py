@@ -8,7 +8,8 @@ from clients.task import Reply, Task
 from clients.training import Node, evaluate
 from privacy.refused import Refused
 from scenarios.weights import fit, load
-from server.rounds import Fleet, Score, ServerState
+from server.rounds import Fleet
+from server.state import Score, ServerState
 
 NOTHING = Score(None, None)
 """No client evaluated, or nothing finite came of it."""

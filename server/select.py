@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from clients.device import step_seconds, transfer_seconds
-from clients.task import Hello
+from clients.task import Device, Hello
 from privacy.plan import Plan
 from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
@@ -41,6 +41,11 @@ def sampling_rate(local: Local, examples: int) -> float:
     return min(1.0, local.batch / examples) if local.batch else 1.0
 
 
+def cohort_size(clients: int, settings: Settings) -> int:
+    """How many of `clients` are drawn each round."""
+    return max(1, round(settings.rounds.fraction * clients))
+
+
 def cohort(
     names: Sequence[str],
     roster: Mapping[str, Hello],
@@ -55,7 +60,7 @@ def cohort(
     names: all clients, sorted. traffic: bytes (down, up) a client. plans: empty without DP. spent: steps by client.
     """
     chosen, fleet = Cohort(), settings.fleet
-    size = max(1, round(settings.rounds.fraction * len(names)))
+    size = cohort_size(len(names), settings)
     rng = np.random.default_rng(derive(settings.run.seed, "cohort", number))
     drawn = range(len(names)) if size == len(names) else sorted(rng.choice(len(names), size, replace=False))
     simulated = fleet.clock == "simulated"
@@ -72,7 +77,7 @@ def cohort(
             reason = f"memory: needs {memory / 2**20:.0f} MiB, has {device.memory / 2**20:.0f}"
             chosen.skipped.append({"name": name, "reason": reason})
             continue
-        if simulated:
+        if simulated and device != Device():
             link, step = transfer_seconds(device, *traffic), step_seconds(device, batch)
             if fleet.deadline and link + steps * step > fleet.deadline:
                 steps = int((fleet.deadline - link) / step) if step and link < fleet.deadline else 0

@@ -10,7 +10,7 @@ from privacy.refused import Refused
 from scenarios.settings import Settings
 from server import record
 from server.record import RunFolder
-from server.rounds import ServerState, Spent
+from server.state import ServerState, Spent
 
 
 def made_state(number: int) -> ServerState:

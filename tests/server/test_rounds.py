@@ -17,7 +17,8 @@ from scenarios import Examples, Federation, Scenario
 from scenarios.settings import Settings, override
 from server import budget
 from server.embedded import EmbeddedFleet
-from server.rounds import Fleet, Row, Score, ServerState, final_weights, first_state, rate, rounds
+from server.rounds import Fleet, rate, rounds
+from server.state import Row, Score, ServerState, final_weights, first_state
 
 NAMES = ["a", "b", "c", "d"]
 SIZES = dict(zip(NAMES, (10, 20, 30, 40), strict=True))
@@ -144,7 +145,7 @@ def test_a_round_with_too_few_good_replies_is_not_applied_and_says_so(tmp_path: 
         bend=lambda t, r: r if t.round == 1 or t.client == "a" else Reply(t.round, t.client, reason="gone"),
     )
     assert [row["applied"] for row in journal.rows] == [True, False, False]
-    assert "rounds.minimum is 3" in journal.rows[1]["reason"]
+    assert "3 are needed" in journal.rows[1]["reason"]
     assert np.array_equal(state.weights, first.weights)
 
 

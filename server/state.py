@@ -1,0 +1,70 @@
+"""What a federation knows between rounds: frozen values, saved with every commit.
+
+Legend: P is the number of weights.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from scenarios.settings import Settings
+from scenarios.weights import Layout, Vector, flatten, layout
+from server import step
+
+Row = dict[str, Any]
+"""One line of rounds.jsonl."""
+
+
+class Score(NamedTuple):
+    loss: float | None
+    accuracy: float | None
+    worst: float | None = None
+    """Accuracy of the worst client, where clients evaluate."""
+
+
+@dataclass(frozen=True)
+class Spent:
+    """One client so far."""
+
+    steps: int = 0
+    """Steps that may have been released, lost rounds included."""
+    rounds: int = 0
+    last: int = 0
+    """The last round its update was part of."""
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything that a round changes; what `commit` saves."""
+
+    weights: Vector
+    layout: Layout
+    step: step.State
+    until: int
+    """The last round of the phase."""
+    round: int = 0
+    phase: str = "train"
+    """train, or recover after pruning."""
+    clients: Mapping[str, Spent] = field(default_factory=dict)
+    average: NDArray[np.float64] | None = None
+    """Sum (P,) of the weights after the last rounds of the phase `train`."""
+    averaged: int = 0
+    clock: float = 0.0
+    """Seconds on the simulated clock."""
+
+
+def first_state(model: nn.Module, settings: Settings) -> ServerState:
+    """Before round 1."""
+    weights = flatten(model)
+    return ServerState(weights, layout(model), step.resolve(settings.server).init(len(weights)), settings.rounds.number)
+
+
+def final_weights(state: ServerState) -> Vector:
+    """(P,): the mean of the last rounds' weights, of the unpruned model."""
+    if state.average is None:
+        return state.weights
+    return (state.average / state.averaged).astype(np.float32)
