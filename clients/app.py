@@ -1,0 +1,127 @@
+"""The Flower ClientApp: finds out which client this node is, then does what the embedded fleet does in process.
+
+Torch and Opacus are imported by the handlers, since on a device every message starts a process of its own.
+"""
+
+import hashlib
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from privacy.refused import Refused
+
+if TYPE_CHECKING:
+    from clients.training import Node
+
+app = ClientApp()
+
+
+@app.query()
+def hello(message: Message, context: Context) -> Message:
+    """Say which client this node is and what it holds, or why it cannot take part."""
+    from clients import messages, training
+
+    nodes = _simulated(context)
+    try:
+        node, name = _here(context)
+        content = messages.encode_hello(training.hello(node, name), nodes)
+    except Exception as error:
+        content = messages.encode_refusal(_reason(error), nodes)
+    return Message(content, reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train on this node's data."""
+    return Message(_work(message.content, context), reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate on this node's test data."""
+    return Message(_work(message.content, context), reply_to=message)
+
+
+def _work(content: RecordDict, context: Context) -> RecordDict:
+    from clients import messages, training
+    from clients.task import Reply
+
+    try:
+        task = messages.decode_task(content)
+        node, name = _here(context)
+        if task.client != name:
+            raise Refused(f"this node is {name}, the task is for {task.client}")
+        reply = training.answer(node, task)
+    except Exception as error:
+        reply = Reply(round=0, client="", reason=_reason(error))
+    return messages.encode_reply(reply)
+
+
+def _reason(error: Exception) -> str:
+    """What may leave the node about `error`: our own words, else its kind alone, since its text may quote data."""
+    print(f"umbel: {type(error).__name__}: {error}", flush=True)
+    return str(error) if isinstance(error, Refused) else f"failed with {type(error).__name__}"
+
+
+def _simulated(context: Context) -> int:
+    """How many nodes there are where this is one of Flower's simulated ones; 0 for a device that has a name."""
+    return 0 if "client" in context.node_config else int(context.node_config.get("num-partitions", 0))
+
+
+def _here(context: Context) -> tuple["Node", str]:
+    """(what this process has to train with, the name of this node's client).
+
+    A device is told both by its owner: `client`, `data`, `state` and `scenario` in its node config. A simulated node
+    is the partition-id'th of the sorted client names, and may be told its data folder by the run.
+    """
+    config, run = context.node_config, context.run_config
+    text = str(run["set"])
+    named = str(config.get("client", ""))
+    node = _node(
+        scenario=_scenario(str(run["scenario"]), str(config.get("scenario", ""))),
+        text=text,
+        data=str(config.get("data", "")),
+        states=str(config.get("state", "") or os.environ.get("UMBEL_STATE", "") or "~/.umbel/state"),
+        run=context.run_id,
+        device=bool(named),
+    )
+    clients = sorted(node.federation.sizes)
+    if named:
+        if clients and named not in clients:
+            raise Refused(f"this node is client {named!r}, but the scenario has {', '.join(clients)}"[:200])
+        return node, named
+    if "partition-id" not in config:
+        raise Refused("""this node does not say which client it is: start it with --node-config 'client="NAME"'""")
+    number, nodes = int(config["partition-id"]), _simulated(context)
+    if nodes < len(clients):
+        raise Refused(f"there are {len(clients)} clients, but {nodes} nodes")
+    if number >= len(clients):
+        raise Refused(f"there are {len(clients)} clients: this node, number {number} from 0, is one too many")
+    return node, clients[number]
+
+
+def _scenario(asked: str, own: str) -> str:
+    """The scenario to load: the owner's own file where the run asks for a file of that name."""
+    return own if asked.endswith(".py") and Path(asked).name == Path(own).name else asked
+
+
+@lru_cache(maxsize=1)
+def _node(scenario: str, text: str, data: str, states: str, run: int, device: bool) -> "Node":
+    from clients.training import Node
+    from scenarios import load
+    from scenarios.settings import override
+
+    loaded = load(scenario)
+    settings = override(loaded.settings, text)
+    out = settings.run.out
+    if device or data:  # a server must not choose where a device looks for data
+        settings = settings.model_copy(update={"run": settings.run.model_copy(update={"data": data})})
+    if out and not device:
+        folder = Path(out).absolute() / "clients"  # simulated clients keep their state where the embedded ones do
+    else:  # a resumed run keeps its folder, but not Flower's number
+        folder = Path(states).expanduser() / hashlib.sha256(f"{loaded.name}\n{out or run}".encode()).hexdigest()[:16]
+    return Node(loaded, settings, loaded.data(settings), folder)

@@ -1,0 +1,234 @@
+"""Task, Reply and Hello <-> Flower records: the only file that knows record keys.
+
+What arrives is hostile until it is checked. A message is one ConfigRecord of scalars and, for tasks and
+replies, one ArrayRecord with one flat array.
+Every decoder raises ValueError with the reason when keys, types, sizes or ranges are not exactly the expected ones.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from clients.task import Device, Hello, Reply, Task
+from privacy.plan import Mechanism
+from scenarios.weights import Layout, Vector
+
+_FIELDS, _ARRAYS, _FLAT = "umbel", "arrays", "flat"
+_WEIGHTS = "umbel.float32.v1"  # little-endian float32, without a header
+_PAYLOAD = "umbel.payload.v1"  # what a codec wrote; read by that codec alone
+
+_TASK: dict[str, type] = {
+    "kind": str,
+    "round": int,
+    "client": str,
+    "rate": float,
+    "steps": int,
+    "state_round": int,
+    "deadline": float,
+    "clip": float,
+    "sampling_rate": float,
+    "noise_multiplier": float,
+    "names": list,
+    "ranks": list,
+    "dims": list,
+}
+_REPLY: dict[str, type] = {
+    "round": int,
+    "client": str,
+    "examples": int,
+    "steps": int,
+    "loss": float,
+    "correct": int,
+    "reason": str,
+    "late": bool,
+}
+_HELLO: dict[str, type] = {
+    "name": str,
+    "examples": int,
+    "digest": str,
+    "speed": float,
+    "down": float,
+    "up": float,
+    "memory": int,
+    "availability": float,
+    "nodes": int,
+    "reason": str,
+}
+_LONGEST = 200
+"""Characters of a name, a digest or a reason."""
+_SIGNED = {"loss"}
+
+
+def encode_weights(weights: Vector) -> ArrayRecord:
+    """The weights (P,) as a record that the tasks of one round share: it is sent, and lies in memory, once."""
+    return _array(np.ascontiguousarray(weights, "<f4").tobytes(), "float32", len(weights), _WEIGHTS)
+
+
+def encode_task(task: Task, weights: ArrayRecord | None = None) -> RecordDict:
+    """The message for `task`; `weights` is `encode_weights(task.weights)` where several tasks share it."""
+    mechanism = task.mechanism or Mechanism(sampling_rate=0.0, noise_multiplier=0.0)
+    fields: dict[str, Any] = {
+        **{name: getattr(task, name) for name in _TASK if hasattr(task, name)},
+        "sampling_rate": mechanism.sampling_rate,
+        "noise_multiplier": mechanism.noise_multiplier,
+        "names": [name for name, _ in task.layout],
+        "ranks": [len(shape) for _, shape in task.layout],
+        "dims": [size for _, shape in task.layout for size in shape],
+    }
+    return RecordDict({_FIELDS: _config(fields, _TASK), _ARRAYS: weights or encode_weights(task.weights)})
+
+
+def decode_task(record: RecordDict) -> Task:
+    """The task in `record`."""
+    fields = _fields(record, _TASK, {_FIELDS, _ARRAYS})
+    if fields["kind"] not in ("train", "evaluate"):
+        raise ValueError(f"a task of unknown kind {_shown(fields['kind'])!r}")
+    layout = _layout(fields)
+    size = sum(math.prod(shape) for _, shape in layout)
+    weights = np.frombuffer(_data(record, "float32", size, _WEIGHTS, 4), "<f4").astype(np.float32)
+    if not np.isfinite(weights).all():
+        raise ValueError("the weights of the task are not finite")
+    return Task(
+        kind=fields["kind"],
+        round=fields["round"],
+        client=_name(fields["client"]),
+        weights=weights,
+        layout=layout,
+        rate=fields["rate"],
+        steps=fields["steps"],
+        state_round=fields["state_round"],
+        deadline=fields["deadline"],
+        mechanism=_mechanism(fields),
+        clip=fields["clip"],
+    )
+
+
+def encode_reply(reply: Reply) -> RecordDict:
+    """The message for `reply`."""
+    fields = {name: getattr(reply, name) for name in _REPLY} | {"reason": _shown(reply.reason)}
+    array = _array(reply.payload, "uint8", len(reply.payload), _PAYLOAD)
+    return RecordDict({_FIELDS: _config(fields, _REPLY), _ARRAYS: array})
+
+
+def decode_reply(record: RecordDict, task: Task) -> Reply:
+    """The answer to `task` in `record`; a reason in it is made printable and cut to 200 characters.
+
+    A payload may hold 16 bytes a weight and 64 KiB more, several times what any codec needs.
+    """
+    fields = _fields(record, _REPLY, {_FIELDS, _ARRAYS})
+    if fields["reason"]:
+        return Reply(task.round, task.client, reason=_shown(fields["reason"]), late=fields["late"])
+    if (fields["round"], fields["client"]) != (task.round, task.client):
+        raise ValueError(f"answered for round {fields['round']} of {_shown(fields['client'])!r}")
+    payload = _data(record, "uint8", None, _PAYLOAD, 1)
+    if len(payload) > 16 * len(task.weights) + 65536:
+        raise ValueError(f"a payload of {len(payload)} bytes for {len(task.weights)} weights")
+    return Reply(payload=payload, **fields)
+
+
+def greeting() -> RecordDict:
+    """The message that asks a node for its hello."""
+    return RecordDict()
+
+
+def encode_hello(hello: Hello, nodes: int = 0) -> RecordDict:
+    """The message for `hello`; `nodes` is how many there are where the node is a simulated one, else 0."""
+    device = hello.device
+    fields = {
+        **{name: getattr(hello, name) for name in ("name", "examples", "digest")},
+        **{name: getattr(device, name) for name in ("speed", "down", "up", "memory", "availability")},
+    }
+    return RecordDict({_FIELDS: _config({**fields, "nodes": nodes, "reason": ""}, _HELLO)})
+
+
+def encode_refusal(reason: str, nodes: int = 0) -> RecordDict:
+    """The message of a node that cannot take part, for `reason`."""
+    fields = {name: kind() for name, kind in _HELLO.items()}
+    return RecordDict({_FIELDS: _config({**fields, "nodes": nodes, "reason": _shown(reason) or "unknown"}, _HELLO)})
+
+
+def decode_hello(record: RecordDict) -> tuple[Hello | str, int]:
+    """(the hello, or the reason why the node cannot take part; how many nodes are simulated, 0 for a real device)."""
+    fields = _fields(record, _HELLO, {_FIELDS})
+    if fields["reason"]:
+        return _shown(fields["reason"]), fields["nodes"]
+    if fields["availability"] > 1:
+        raise ValueError(f"an availability of {fields['availability']}")
+    device = Device(**{name: fields[name] for name in ("speed", "down", "up", "memory", "availability")})
+    return Hello(_name(fields["name"]), fields["examples"], _name(fields["digest"]), device), fields["nodes"]
+
+
+def _config(fields: Mapping[str, Any], kinds: Mapping[str, type]) -> ConfigRecord:
+    # numpy scalars and ints in a float's place are the caller's convenience, not the wire's
+    return ConfigRecord({name: kind(fields[name]) for name, kind in kinds.items()})
+
+
+def _array(data: bytes, dtype: str, size: int, stype: str) -> ArrayRecord:
+    return ArrayRecord({_FLAT: Array(dtype=dtype, shape=(size,), stype=stype, data=data)})
+
+
+def _fields(record: RecordDict, kinds: Mapping[str, type], records: set[str]) -> dict[str, Any]:
+    if set(record) != records:
+        raise ValueError(f"a message with the records {_shown(', '.join(sorted(map(str, record))))!r}")
+    config = record[_FIELDS]
+    if not isinstance(config, ConfigRecord) or set(config) != set(kinds):
+        raise ValueError("a message with other fields than expected: do both sides run the same version of Umbel?")
+    for name, kind in kinds.items():
+        value = config[name]
+        if type(value) is not kind:
+            raise ValueError(f"{name} is a {type(value).__name__}, not a {kind.__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}")
+        if isinstance(value, int | float) and not (0 <= value <= 2**53) and name not in _SIGNED:
+            raise ValueError(f"{name} is out of range: {value}")
+    return dict(config)
+
+
+def _data(record: RecordDict, dtype: str, size: int | None, stype: str, width: int) -> bytes:
+    arrays = record[_ARRAYS]
+    if not isinstance(arrays, ArrayRecord) or set(arrays) != {_FLAT}:
+        raise ValueError("a message with other arrays than expected")
+    array = arrays[_FLAT]
+    if (array.dtype, array.stype) != (dtype, stype):
+        raise ValueError(f"an array of {_shown(f'{array.dtype} as {array.stype}')!r}, not {dtype} as {stype!r}")
+    if not isinstance(array.data, bytes) or len(array.data) % width:
+        raise ValueError("an array whose data is no whole number of entries")
+    entries = len(array.data) // width
+    if tuple(array.shape) != (entries,) or entries != (entries if size is None else size):
+        raise ValueError(f"an array of shape {_shown(str(array.shape))} with {entries} entries, expected {size}")
+    return array.data
+
+
+def _layout(fields: Mapping[str, Any]) -> Layout:
+    names, ranks, dims = fields["names"], fields["ranks"], fields["dims"]
+    if not all(type(name) is str and name for name in names) or len(set(names)) != len(names):
+        raise ValueError("a layout whose names are not distinct texts")
+    if not all(type(number) is int and 0 <= number < 2**40 for number in [*ranks, *dims]):
+        raise ValueError("a layout whose shapes are not whole numbers")
+    if len(ranks) != len(names) or sum(ranks) != len(dims):
+        raise ValueError("a layout whose shapes do not fit its names")
+    ends = np.cumsum(ranks, dtype=np.int64).tolist() if ranks else []
+    return tuple((name, tuple(dims[end - rank : end])) for name, rank, end in zip(names, ranks, ends, strict=True))
+
+
+def _mechanism(fields: Mapping[str, Any]) -> Mechanism | None:
+    rate, noise = fields["sampling_rate"], fields["noise_multiplier"]
+    if rate == noise == 0:
+        return None
+    if not 0 < rate <= 1 or noise == 0:
+        raise ValueError(f"a mechanism with sampling rate {rate} and noise multiplier {noise}")
+    return Mechanism(sampling_rate=rate, noise_multiplier=noise)
+
+
+def _name(text: str) -> str:
+    if not text or text != _shown(text):
+        raise ValueError(f"{_shown(text)!r} is no name: 1 to {_LONGEST} printable characters are one")
+    return text
+
+
+def _shown(text: str) -> str:
+    """`text` as it may stand in a terminal or a log: printable, not long."""
+    return "".join(c if c.isprintable() else "?" for c in text[:_LONGEST])

@@ -1,0 +1,88 @@
+"""The Flower ServerApp: the main job over the nodes of a Flower grid.
+
+The app prints what it does in lines that begin with `umbel: `; the last of them is `umbel: exit CODE TEXT`, with the
+exit codes of the command line. `server.flower` reads that line, and `flwr log` shows it to everyone else.
+"""
+
+import time
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from clients.training import Node
+from privacy.refused import Refused
+from scenarios import Scenario, load
+from scenarios.settings import Settings, override
+from server.flower import STOP
+from server.grid import GridFleet
+from server.record import RunFolder
+from server.run import Stopped, prepare, run
+from server.state import Row
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the scenario that the run config names, over the nodes of `grid`."""
+    try:
+        _say(f"exit 0 {_run(grid, context)}")
+    except Stopped as stopped:
+        _say(f"exit 3 {stopped}")
+    except Refused as refused:
+        _say(f"exit 2 {refused}")
+        raise  # so that Flower, too, calls the run failed
+    except Exception as error:
+        _say(f"exit 1 {type(error).__name__}: {error}")
+        raise
+
+
+def _run(grid: Grid, context: Context) -> Path:
+    name = str(context.run_config["scenario"])
+    scenario = load(name)
+    settings = override(scenario.settings, str(context.run_config["set"]))
+    folder = _folder(name, scenario, settings)
+    _say(f"folder {folder.path}")
+    stop = folder.path / STOP
+    stop.unlink(missing_ok=True)
+
+    def fleet(node: Node) -> GridFleet:
+        sizes, knobs = node.federation.sizes, settings.fleet
+        return GridFleet(grid, sizes, number=knobs.clients, wait=knobs.wait, stop=stop.exists)
+
+    runtime = "simulation" if settings.fleet.clock == "simulated" else "deployment"
+    try:
+        run(prepare(scenario, settings, folder, fleet, _Log(), stop.exists, runtime))
+    finally:
+        stop.unlink(missing_ok=True)
+    return folder.path  # its lock goes with this process
+
+
+def _folder(name: str, scenario: Scenario, settings: Settings) -> RunFolder:
+    """The run folder: run.out, else a new one under runs/ where the SuperLink was started."""
+    path = Path(settings.run.out or f"runs/{scenario.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    if not settings.run.resume:
+        return RunFolder.create(path, name, settings)
+    folder = RunFolder.open(path)
+    _, before = folder.settings()
+    told = {name: getattr(settings.run, name) for name in ("data", "out", "resume")}
+    if before.model_copy(update={"run": before.run.model_copy(update=told)}) != settings:
+        raise Refused(f"{path} was started with other settings: the nodes read `set`, so repeat it, or start a new run")
+    return folder
+
+
+class _Log:
+    """Progress as lines of the run's log."""
+
+    def row(self, row: Row) -> None:
+        parts = [f"round {row['round']}: {row['replies']} of {len(row['cohort'])} replies"]
+        parts += [f"{name} {row[name]:.3f}" for name in ("accuracy", "epsilon") if row[name] is not None]
+        _say(", ".join([*parts, f"{row['seconds']:.1f} s"]))
+
+    def status(self, text: str) -> None:
+        _say(text)
+
+
+def _say(text: str) -> None:
+    print("umbel: " + " ".join(text.split()), flush=True)

@@ -1,0 +1,198 @@
+"""What goes into a record comes out of it; a record that was tampered with is refused with a reason."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clients import messages
+from clients.task import Device, Hello, Reply, Task
+from privacy.plan import Mechanism
+
+NUMBERS = st.floats(0, 1e12)
+COUNTS = st.integers(0, 2**53)
+NAMES = st.text(st.characters(categories=("L", "N", "P")), min_size=1, max_size=50)
+
+
+@st.composite
+def tasks(draw: st.DrawFn) -> Task:
+    names = draw(st.lists(NAMES, min_size=1, max_size=4, unique=True))
+    layout = tuple((name, tuple(draw(st.lists(st.integers(0, 3), max_size=3)))) for name in names)
+    size = sum(int(np.prod(shape)) for _, shape in layout)
+    seed = draw(st.integers(0, 2**32))
+    private = draw(st.booleans())
+    return Task(
+        kind=draw(st.sampled_from(["train", "evaluate"])),
+        round=draw(COUNTS),
+        client=draw(NAMES),
+        weights=np.random.default_rng(seed).normal(size=size).astype(np.float32),
+        layout=layout,
+        rate=draw(NUMBERS),
+        steps=draw(COUNTS),
+        state_round=draw(COUNTS),
+        deadline=draw(NUMBERS),
+        mechanism=Mechanism(draw(st.floats(1e-9, 1)), draw(st.floats(1e-9, 1e6))) if private else None,
+        clip=draw(NUMBERS),
+    )
+
+
+def a_task(**changes: object) -> Task:
+    layout = (("0.weight", (2, 3)), ("0.bias", (2,)))
+    task = Task("train", 3, "client-1", np.arange(8, dtype=np.float32), layout, 0.1, 5, mechanism=Mechanism(0.5, 1.2))
+    return replace(task, **changes)  # type: ignore[arg-type]
+
+
+def travelled(record: RecordDict) -> RecordDict:
+    """`record` after the journey through Flower's own serialization."""
+    from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+
+    return recorddict_from_proto(recorddict_to_proto(record))
+
+
+@given(tasks())
+def test_a_task_survives_the_journey_to_the_bit(task: Task) -> None:
+    arrived = messages.decode_task(travelled(messages.encode_task(task)))
+    assert arrived.weights.tobytes() == task.weights.tobytes()
+    assert arrived.weights.dtype == np.float32
+    assert replace(arrived, weights=task.weights) == task
+
+
+@given(payload=st.binary(max_size=200), loss=st.floats(-1e9, 1e9), counts=st.tuples(COUNTS, COUNTS, COUNTS))
+def test_a_reply_survives_the_journey(payload: bytes, loss: float, counts: tuple[int, int, int]) -> None:
+    task = a_task()
+    reply = Reply(task.round, task.client, payload, counts[0], counts[1], loss, counts[2])
+    assert messages.decode_reply(travelled(messages.encode_reply(reply)), task) == reply
+
+
+@given(NAMES, COUNTS, NUMBERS, st.floats(0, 1), COUNTS)
+def test_a_hello_survives_the_journey(name: str, count: int, number: float, share: float, nodes: int) -> None:
+    hello = Hello(name, count, "ab" * 32, Device(number, number, number, count, share))
+    assert messages.decode_hello(travelled(messages.encode_hello(hello, nodes))) == (hello, nodes)
+
+
+def test_tasks_of_one_round_share_one_array_of_weights() -> None:
+    shared = messages.encode_weights(a_task().weights)
+    records = [messages.encode_task(a_task(client=name), shared) for name in ("a", "b")]
+    assert records[0]["arrays"] is records[1]["arrays"]
+    assert [messages.decode_task(record).client for record in records] == ["a", "b"]
+
+
+def test_a_reason_arrives_printable_and_short() -> None:
+    task = a_task()
+    long = Reply(task.round, task.client, reason="bad\x1b[31m\n" + "x" * 5000)
+    reason = messages.decode_reply(travelled(messages.encode_reply(long)), task).reason
+    assert reason.startswith("bad?[31m?")
+    assert len(reason) == 200
+    refusal, nodes = messages.decode_hello(messages.encode_refusal("no data\r\nhere", nodes=4))
+    assert (refusal, nodes) == ("no data??here", 4)
+
+
+def fields(record: RecordDict, **changes: object) -> RecordDict:
+    config = dict(record["umbel"]) | changes
+    return RecordDict({**record, "umbel": ConfigRecord({k: v for k, v in config.items() if v is not None})})  # type: ignore[arg-type]
+
+
+def array(record: RecordDict, **changes: object) -> RecordDict:
+    old = record["arrays"]["flat"]  # type: ignore[index]
+    values = {"dtype": old.dtype, "shape": old.shape, "stype": old.stype, "data": old.data} | changes  # type: ignore[union-attr]
+    return RecordDict({**record, "arrays": ArrayRecord({"flat": Array(**values)})})  # type: ignore[arg-type]
+
+
+TASK_LIES: dict[str, Callable[[RecordDict], RecordDict]] = {
+    "no records": lambda r: RecordDict(),
+    "one record more": lambda r: RecordDict({**r, "more": ConfigRecord()}),
+    "no array": lambda r: RecordDict({"umbel": r["umbel"]}),
+    "arrays where fields belong": lambda r: RecordDict({"umbel": r["arrays"], "arrays": r["arrays"]}),
+    "fields where arrays belong": lambda r: RecordDict({"umbel": r["umbel"], "arrays": r["umbel"]}),
+    "two arrays": lambda r: RecordDict({**r, "arrays": ArrayRecord(dict.fromkeys(("flat", "b"), r["arrays"]["flat"]))}),
+    "a missing field": lambda r: fields(r, rate=None),
+    "a field more": lambda r: fields(r, shell="rm"),
+    "text for a number": lambda r: fields(r, steps="5"),
+    "bool for a number": lambda r: fields(r, steps=True),
+    "float for an int": lambda r: fields(r, round=1.0),
+    "a rate that is no number": lambda r: fields(r, rate=float("nan")),
+    "an infinite clip": lambda r: fields(r, clip=float("inf")),
+    "negative steps": lambda r: fields(r, steps=-1),
+    "another kind": lambda r: fields(r, kind="predict"),
+    "an empty name": lambda r: fields(r, client=""),
+    "a name with control characters": lambda r: fields(r, client="a\x1b[2J"),
+    "a name without end": lambda r: fields(r, client="a" * 10_000),
+    "sampling more than everything": lambda r: fields(r, sampling_rate=1.5),
+    "sampling without noise": lambda r: fields(r, noise_multiplier=0.0),
+    "noise without sampling": lambda r: fields(r, sampling_rate=0.0),
+    "layers of one name": lambda r: fields(r, names=["a", "a"]),
+    "numbers for names": lambda r: fields(r, names=[1, 2]),
+    "fewer ranks than names": lambda r: fields(r, ranks=[2]),
+    "a negative dimension": lambda r: fields(r, dims=[-2, -3, 2]),
+    "a huge dimension": lambda r: fields(r, dims=[2**30, 2**30, 2]),
+    "texts for dimensions": lambda r: fields(r, dims=["2", "3", "2"]),
+    "a huge rank": lambda r: fields(r, ranks=[2**39, 1]),
+    "another dtype": lambda r: array(r, dtype="float64"),
+    "numpy's own format": lambda r: array(r, stype="numpy.ndarray"),
+    "a shape that is not flat": lambda r: array(r, shape=(2, 4)),
+    "a shape that lies": lambda r: array(r, shape=(2**40,)),
+    "data cut short": lambda r: array(r, data=r["arrays"]["flat"].data[:-1]),
+    "a weight too few": lambda r: array(r, data=r["arrays"]["flat"].data[:-4], shape=(7,)),
+    "weights that are no numbers": lambda r: array(r, data=np.full(8, np.nan, "<f4").tobytes()),
+}
+
+
+@pytest.mark.parametrize("lie", TASK_LIES)
+def test_a_task_that_was_tampered_with_is_refused(lie: str) -> None:
+    with pytest.raises(ValueError, match=r".{10,}"):
+        messages.decode_task(TASK_LIES[lie](messages.encode_task(a_task())))
+
+
+REPLY_LIES: dict[str, Callable[[RecordDict], RecordDict]] = {
+    "another round": lambda r: fields(r, round=2),
+    "another client": lambda r: fields(r, client="client-2"),
+    "a loss that is no number": lambda r: fields(r, loss=float("nan")),
+    "negative examples": lambda r: fields(r, examples=-1),
+    "a huge count": lambda r: fields(r, steps=2**60),
+    "a payload of another type": lambda r: array(r, stype="umbel.float32.v1"),
+    "a payload of another dtype": lambda r: array(r, dtype="float32"),
+    "a payload shorter than it says": lambda r: array(r, shape=(5,)),
+    "a payload without end": lambda r: array(r, data=bytes(70_000), shape=(70_000,)),
+    "a task's record": lambda r: messages.encode_task(a_task()),
+    "a hello's record": lambda r: messages.encode_hello(Hello("client-1", 1, "ab")),
+}
+
+
+@pytest.mark.parametrize("lie", REPLY_LIES)
+def test_a_reply_that_was_tampered_with_is_refused(lie: str) -> None:
+    reply = Reply(3, "client-1", b"1234", 10, 5)
+    with pytest.raises(ValueError, match=r".{10,}"):
+        messages.decode_reply(REPLY_LIES[lie](messages.encode_reply(reply)), a_task())
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [{"name": ""}, {"name": "a\nb"}, {"availability": 1.5}, {"examples": -1}, {"digest": ""}, {"speed": float("inf")}],
+)
+def test_a_hello_that_was_tampered_with_is_refused(lie: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r".{10,}"):
+        messages.decode_hello(fields(messages.encode_hello(Hello("client-1", 1, "ab")), **lie))
+
+
+@given(st.data())
+def test_no_byte_of_a_serialized_task_can_be_changed_into_a_crash(data: st.DataObject) -> None:
+    from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+    from flwr.proto.recorddict_pb2 import RecordDict as Proto
+    from google.protobuf.message import DecodeError
+
+    raw = bytearray(recorddict_to_proto(messages.encode_task(a_task())).SerializeToString())
+    raw[data.draw(st.integers(0, len(raw) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        record = recorddict_from_proto(Proto.FromString(bytes(raw)))
+    except (DecodeError, ValueError, TypeError, KeyError, AttributeError):
+        return  # Flower stumbles before we see it: GridFleet lets that cost this client alone
+    try:
+        task = messages.decode_task(record)
+    except ValueError:
+        return
+    assert sum(int(np.prod(shape)) for _, shape in task.layout) == len(task.weights)
+    assert np.isfinite(task.weights).all()

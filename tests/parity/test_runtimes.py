@@ -1,0 +1,197 @@
+"""The same weights, to the bit, on all three runtimes: embedded, Flower's simulation, SuperLink with SuperNodes."""
+
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from privacy.refused import Refused
+from scenarios import load
+from scenarios.settings import Settings, override
+from server import flower, run
+from server.embedded import EmbeddedFleet
+from server.record import RunFolder
+from server.state import Row
+from server.superlink import COMMANDS, environment, own
+
+PROJECT = Path(__file__).parents[2]
+SMALL = (
+    "fleet.clients=3 rounds.number=2 rounds.average=1 export.recover_rounds=0 export.prune=0 "
+    "reference.central_epochs=0 reference.no_privacy=false codec=topk:0.5"
+)
+NOISE = {"with noise": "privacy.noise_seed=1", "without": "privacy.unit=none"}
+
+
+class Heard:
+    """A progress that remembers."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.said: list[str] = []
+
+    def row(self, row: Row) -> None:
+        self.rows.append(row)
+
+    def status(self, text: str) -> None:
+        self.said.append(text)
+
+
+def settings(noise: str) -> Settings:
+    return override(load("digits").settings, f"{SMALL} {NOISE[noise]}")
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The run folder of the embedded runtime, for each kind of noise."""
+    folders = {}
+    for noise in NOISE:
+        path = tmp_path_factory.mktemp("embedded") / "run"
+        folder = RunFolder.create(path, "digits", settings(noise))
+        run.run(run.prepare(load("digits"), settings(noise), folder, EmbeddedFleet, Heard()))
+        folders[noise] = path
+    return folders
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Same weights to the bit, same rounds (times aside), same account."""
+    assert (one / "weights.safetensors").read_bytes() == (other / "weights.safetensors").read_bytes()
+    assert rows(one) == rows(other)
+    clients = [json.loads((path / "report.json").read_text())["privacy"]["clients"] for path in (one, other)]
+    assert clients[0] == clients[1]
+    assert len(rows(one)) == 2
+
+
+def rows(path: Path) -> list[Row]:
+    lines = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", NOISE)
+def test_flowers_simulation_gives_the_embedded_weights(noise: str, embedded: dict[str, Path], tmp_path: Path) -> None:
+    heard = Heard()
+    out = flower.run("digits", load("digits"), settings(noise), tmp_path / "run", heard, lambda: False)
+    assert out == tmp_path / "run"
+    assert_same(out, embedded[noise])
+    assert [row["round"] for row in heard.rows] == [1, 2]
+    assert left_over(str(tmp_path)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", NOISE)
+def test_real_nodes_give_the_embedded_weights(
+    noise: str, embedded: dict[str, Path], superlink: str, tmp_path: Path
+) -> None:
+    out = flower.run("digits", load("digits"), settings(noise), tmp_path / "run", Heard(), lambda: False, superlink)
+    assert_same(out, embedded[noise])
+
+
+def left_over(mark: str) -> list[str]:
+    """Processes whose command line mentions `mark`."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = file.read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if mark in words and file.parent.name != str(os.getpid()):
+            found.append(words)
+    return found
+
+
+@pytest.mark.slow
+def test_too_few_simulated_nodes_are_one_line_and_no_wait(tmp_path: Path) -> None:
+    with own(tmp_path) as link:
+        (tmp_path / "config.toml").write_text(f'[superlink.own]\naddress = "{link.address}"\ninsecure = true\n')
+        command = [str(COMMANDS / "flwr"), "run", str(PROJECT), "own", "--stream"]
+        command += ["--federation-config", "num-supernodes=2 client-resources-num-cpus=1"]
+        command += ["--run-config", f"""set='{SMALL} run.out="{tmp_path / "run"}"'"""]
+        done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=100)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("umbel: exit")]
+    assert lines == [
+        "umbel: exit 2 there are 3 clients but 2 simulated nodes: "
+        "add --federation-config num-supernodes=3, or set fleet.clients=2"
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("superlink", "reason"),
+    [
+        ("127.0.0.1:1", "no SuperLink answers at 127.0.0.1:1"),
+        ("127.0.0.1", "write HOST:PORT"),
+        ("grpc://127.0.0.1:1", "write HOST:PORT"),
+        ("127.0.0.1:eighty", "write HOST:PORT"),
+    ],
+)
+def test_a_superlink_that_is_not_there_is_one_line(superlink: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=reason):
+        flower.run("digits", load("digits"), settings("without"), tmp_path / "run", Heard(), lambda: False, superlink)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "rounds.number=7 local.rate=0.1 privacy.noise_seed=3", "server.rate=0.25 model=mlp partition=iid"]
+)
+def test_the_set_string_makes_the_same_settings_on_every_node(text: str, tmp_path: Path) -> None:
+    scenario = load("digits")
+    wanted = override(scenario.settings, text)
+    told = override(
+        scenario.settings,
+        flower.settings_text(scenario, wanted, tmp_path / "a folder", resume=True, clock="wall"),
+    )
+    assert (told.run.out, told.run.resume, told.fleet.clock) == (str(tmp_path / "a folder"), True, "wall")
+    assert told.model_copy(update={"run": wanted.run, "fleet": wanted.fleet}) == wanted
+
+
+# ---- A SuperLink and three SuperNodes, as a user starts them ----
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """HOST:PORT of a SuperLink with three SuperNodes, each told by its owner which client it is."""
+    home = tmp_path_factory.mktemp("deployment")
+    address = f"127.0.0.1:{free_port()}"
+    host, port = address.split(":")
+    command = ["flower-superlink", "--insecure", "--host", host, "--port", port]
+    processes = [start([*command, "--disable-runtime-dependency-installation"], home / "superlink")]
+    wait_for(int(port), home)
+    for number in range(3):
+        config = f'client="client-{number}" state="{home / f"state-{number}"}"'
+        command = ["flower-supernode", "--insecure", "--superlink", address, "--port", str(free_port())]
+        processes.append(start([*command, "--node-config", config], home / f"node-{number}"))
+    yield address
+    for process in reversed(processes):
+        process.terminate()
+    for process in processes:
+        process.wait(20)
+
+
+def start(command: list[str], home: Path) -> subprocess.Popen[bytes]:
+    home.mkdir()
+    with (home / "log").open("wb") as log:
+        return subprocess.Popen(
+            [str(COMMANDS / command[0]), *command[1:]], env=environment(home), stdout=log, stderr=log
+        )
+
+
+def wait_for(port: int, home: Path) -> None:
+    limit = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+            return
+        except OSError:
+            assert time.monotonic() < limit, (home / "superlink" / "log").read_text()
+            time.sleep(0.1)
