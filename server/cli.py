@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,8 @@ from privacy.refused import Refused
 if TYPE_CHECKING:
     from scenarios import Scenario
     from scenarios.settings import Settings
+    from server.record import RunFolder
+    from server.run import Job, Progress
 
 app = typer.Typer(
     name="umbel",
@@ -109,9 +112,11 @@ def export(
     for knob, value, _ in knobs(settings):
         if value != old[knob] and not knob.startswith(("export.", "run.data")):
             raise Refused(f"umbel export changes export.* alone, not {knob}: start a new run for that")
-    with _watched(f"exporting {run_folder}", settings.rounds.number, quiet) as (progress, stop):
-        prepared = job.prepare(load(name), settings, folder, _embedded, progress, stop)
-        job.export(prepared)
+    with _signals() as stop, _prepared(load(name), settings, folder, stop, quiet) as prepared:
+        try:
+            job.export(prepared)
+        except job.Stopped:
+            raise _Stop(f"stopped: `umbel export {run_folder}` exports again with what is left of the budget") from None
         folder.write_settings(name, settings)
     _show(run_folder, quiet)
 
@@ -167,12 +172,13 @@ def settings(
     chosen = load(scenario)
     defaults = {name: value for name, value, _ in knobs(chosen.settings)}
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("setting", "value", "default", "meaning"):
-        table.add_column(column, overflow="fold")
+    for column in ("setting", "value", "default"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("meaning", overflow="fold")
     for name, value, meaning in knobs(override(chosen.settings, set_)):
         changed = value != defaults[name]
         table.add_row(name, _shown(value), _shown(defaults[name]), meaning, style="bold" if changed else "")
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 180, highlight=False).print(table)
 
 
 @data_app.command("list")
@@ -237,7 +243,11 @@ def main() -> None:
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "umbel"
         code = _fail(f"{error.format_message()} (see `{where} --help`)", 2)
     except (click.Abort, KeyboardInterrupt):
-        code = _fail("interrupted", 3)
+        code = _fail("interrupted in the middle of a round: `umbel resume RUN` goes on from the last committed one", 3)
+    except RuntimeError as error:
+        if os.environ.get("UMBEL_TRACEBACK"):
+            raise
+        code = _fail(f"{error} (UMBEL_TRACEBACK=1 shows where)", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
@@ -246,7 +256,7 @@ def main() -> None:
 
 def _go(
     scenario: "Scenario",
-    name: str,
+    reference: str,
     settings: "Settings",
     path: Path,
     runtime: str,
@@ -262,22 +272,37 @@ def _go(
     if (runtime == "deployment") != bool(superlink):
         raise Refused("--superlink HOST:PORT goes with --runtime deployment, and is needed there")
     job.check(scenario, settings)
-    total = settings.rounds.number + settings.export.recover_rounds
-    if runtime == "embedded":
-        origin = str(Path(name).resolve()) if name.endswith(".py") else name
-        folder = RunFolder.create(path, origin, settings) if new else RunFolder.open(path)
-        with _watched(f"{scenario.name}: {scenario.summary}", total, quiet) as (progress, stop):
-            try:
-                job.run(job.prepare(scenario, settings, folder, _embedded, progress, stop))
-            except job.Stopped as reason:
-                raise _Stop(str(reason)) from None
+    with _signals() as stop:
+        try:
+            if runtime == "embedded":
+                reference = str(Path(reference).resolve()) if reference.endswith(".py") else reference
+                folder = RunFolder.create(path, reference, settings) if new else RunFolder.open(path)
+                with _prepared(scenario, settings, folder, stop, quiet) as prepared:
+                    job.run(prepared)
+            else:
+                from server import flower
+
+                with _live(scenario, settings, quiet) as progress:
+                    path = flower.run(reference, scenario, settings, path, progress, stop, superlink, resume=not new)
+        except job.Stopped as reason:
+            raise _Stop(str(reason)) from None
     _show(path, quiet)
 
 
-def _embedded(node: Any) -> Any:
+@contextmanager
+def _prepared(
+    scenario: "Scenario", settings: "Settings", folder: "RunFolder", stop: Callable[[], bool], quiet: bool
+) -> Iterator["Job"]:
+    """The embedded fleet met, then its live table: what is refused at the meeting stays one line."""
+    from rich.console import Console
+
+    from server import run as job
     from server.embedded import EmbeddedFleet
 
-    return EmbeddedFleet(node)
+    with Console(stderr=True, quiet=quiet).status("meeting the clients, calibrating noise"):
+        prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, _Silent(), stop)
+    with _live(scenario, settings, quiet) as progress:
+        yield replace(prepared, progress=progress)
 
 
 class _Stop(click.exceptions.Exit):
@@ -288,25 +313,32 @@ class _Stop(click.exceptions.Exit):
 
 
 @contextmanager
-def _watched(title: str, rounds: int, quiet: bool) -> Iterator[tuple[Any, Callable[[], bool]]]:
-    """(progress, stop): a live table unless quiet; Ctrl-C and SIGTERM make `stop` true, a second one ends at once."""
+def _live(scenario: "Scenario", settings: "Settings", quiet: bool) -> Iterator["Progress"]:
+    """The live table, or nothing when quiet."""
     from server.console import Live
 
+    if quiet:
+        yield _Silent()
+        return
+    total = settings.rounds.number + settings.export.recover_rounds
+    with Live(total, f"{scenario.name}: {scenario.summary}") as live:
+        yield live
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM has asked to stop after the running round; a second one ends at once."""
     asked: list[int] = []
 
     def on_signal(number: int, _: Any) -> None:
         if asked:
             raise KeyboardInterrupt
         asked.append(number)
-        print("stopping after this round; once more ends at once", file=sys.stderr)
+        print("umbel: stopping after this round; once more ends at once", file=sys.stderr)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        if quiet:
-            yield _Silent(), lambda: bool(asked)
-        else:
-            with Live(rounds, title) as live:
-                yield live, lambda: bool(asked)
+        yield lambda: bool(asked)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -323,11 +355,10 @@ class _Silent:
 def _show(path: Path, quiet: bool) -> None:
     from server import console, report
 
-    found = report.load(path)
-    if quiet:
+    if quiet or not path.exists():  # the SuperLink of a deployment may be on another machine, and so the run folder
         print(path)
     else:
-        console.summary(found, path)
+        console.summary(report.load(path), path)
 
 
 def _flags(seed: int | None, data: str | None, out: str | None) -> list[str]:
