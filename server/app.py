@@ -4,6 +4,8 @@ The app prints what it does in lines that begin with `umbel: `; the last of them
 exit codes of the command line. `server.flower` reads that line, and `flwr log` shows it to everyone else.
 """
 
+import os
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from server.grid import GridFleet
 from server.record import RunFolder
 from server.run import Stopped, prepare, run
 from server.state import Row
+from server.superlink import PARENT
 
 app = ServerApp()
 
@@ -26,6 +29,8 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the scenario that the run config names, over the nodes of `grid`."""
+    if parent := os.environ.get(PARENT):
+        threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
     try:
         _say(f"exit 0 {_run(grid, context)}")
     except Stopped as stopped:
@@ -45,17 +50,13 @@ def _run(grid: Grid, context: Context) -> Path:
     folder = _folder(name, scenario, settings)
     _say(f"folder {folder.path}")
     stop = folder.path / STOP
-    stop.unlink(missing_ok=True)
 
     def fleet(node: Node) -> GridFleet:
         sizes, knobs = node.federation.sizes, settings.fleet
         return GridFleet(grid, sizes, number=knobs.clients, wait=knobs.wait, stop=stop.exists)
 
     runtime = "simulation" if settings.fleet.clock == "simulated" else "deployment"
-    try:
-        run(prepare(scenario, settings, folder, fleet, _Log(), stop.exists, runtime))
-    finally:
-        stop.unlink(missing_ok=True)
+    run(prepare(scenario, settings, folder, fleet, _Log(), stop.exists, runtime))
     return folder.path  # its lock goes with this process
 
 
@@ -64,12 +65,23 @@ def _folder(name: str, scenario: Scenario, settings: Settings) -> RunFolder:
     path = Path(settings.run.out or f"runs/{scenario.name}-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     if not settings.run.resume:
         return RunFolder.create(path, name, settings)
+    (path / STOP).unlink(missing_ok=True)  # it was meant for the run before
     folder = RunFolder.open(path)
     _, before = folder.settings()
     told = {name: getattr(settings.run, name) for name in ("data", "out", "resume")}
     if before.model_copy(update={"run": before.run.model_copy(update=told)}) != settings:
         raise Refused(f"{path} was started with other settings: the nodes read `set`, so repeat it, or start a new run")
     return folder
+
+
+def _end_with(parent: int) -> None:
+    """End this process when `parent` is gone, even by SIGKILL: else the run would go on and be held."""
+    while True:
+        try:
+            os.kill(parent, 0)
+        except ProcessLookupError:
+            os._exit(1)
+        time.sleep(0.2)
 
 
 class _Log:

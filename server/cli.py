@@ -80,10 +80,9 @@ def resume(
     from scenarios.settings import override
     from server.record import RunFolder
 
-    folder = RunFolder.open(run_folder)
-    name, settings = folder.settings()
-    finished = folder.read_json("report.json") is not None and (run_folder / "report.html").exists()
-    folder.close()
+    with RunFolder.open(run_folder) as folder:
+        name, settings = folder.settings()
+        finished = folder.read_json("report.json") is not None and (run_folder / "report.html").exists()
     if finished:
         print(run_folder, "has finished already: nothing to do", file=sys.stderr)
         _show(run_folder, quiet)
@@ -105,18 +104,19 @@ def export(
     from server import run as job
     from server.record import RunFolder
 
-    folder = RunFolder.open(run_folder)
-    name, before = folder.settings()
-    settings = override(before, " ".join([set_, *_flags(None, data, None)]))
-    old = {name: value for name, value, _ in knobs(before)}
-    for knob, value, _ in knobs(settings):
-        if value != old[knob] and not knob.startswith(("export.", "run.data")):
-            raise Refused(f"umbel export changes export.* alone, not {knob}: start a new run for that")
-    with _signals() as stop, _prepared(load(name), settings, folder, stop, quiet) as prepared:
-        try:
-            job.export(prepared)
-        except job.Stopped:
-            raise _Stop(f"stopped: `umbel export {run_folder}` exports again with what is left of the budget") from None
+    with RunFolder.open(run_folder) as folder, _signals() as stop:
+        name, before = folder.settings()
+        settings = override(before, " ".join([set_, *_flags(None, data, None)]))
+        old = {knob: value for knob, value, _ in knobs(before)}
+        for knob, value, _ in knobs(settings):
+            if value != old[knob] and not knob.startswith(("export.", "run.data")):
+                raise Refused(f"umbel export changes export.* alone, not {knob}: start a new run for that")
+        with _prepared(load(name), settings, folder, stop, quiet) as prepared:
+            try:
+                job.export(prepared)
+            except job.Stopped:
+                again = f"`umbel export {run_folder}` exports again with what is left of the budget"
+                raise _Stop(f"stopped: {again}") from None
         folder.write_settings(name, settings)
     _show(run_folder, quiet)
 
@@ -208,13 +208,14 @@ def data_get(
     origin: Annotated[str, typer.Option(help="Base URL of a mirror in place of the public origin.")] = "",
 ) -> None:
     """Download a data set from its public origin; goes on where an earlier try stopped, and checks every digest."""
+    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from scenarios import sources
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    from rich.console import Console
-
+    if name not in sources.SOURCES:
+        raise Refused(f"there is no data set {name!r}: choose one of {', '.join(sources.SOURCES)}")
     with Progress(*columns, console=Console(stderr=True)) as bar:
         tasks: dict[str, Any] = {}
 
@@ -276,12 +277,16 @@ def _go(
         try:
             if runtime == "embedded":
                 reference = str(Path(reference).resolve()) if reference.endswith(".py") else reference
-                folder = RunFolder.create(path, reference, settings) if new else RunFolder.open(path)
-                with _prepared(scenario, settings, folder, stop, quiet) as prepared:
+                with (
+                    RunFolder.create(path, reference, settings) if new else RunFolder.open(path) as folder,
+                    _prepared(scenario, settings, folder, stop, quiet) as prepared,
+                ):
                     job.run(prepared)
             else:
                 from server import flower
+                from server.superlink import running
 
+                _ = running(superlink) if superlink else scenario.data(settings)  # refused, if at all, in one line
                 with _live(scenario, settings, quiet) as progress:
                     path = flower.run(reference, scenario, settings, path, progress, stop, superlink, resume=not new)
         except job.Stopped as reason:

@@ -148,7 +148,7 @@ class _Watch:
         self._home, self._number, self._progress, self._stop = home, number, progress, stop
         self._out = out if link.local else None
         self._seen = len(self._rows())
-        self._asked = False
+        self._halted = False
 
     def follow(self) -> _End:
         """Wait for the end of the run. A run that we leave early, by any exception, is stopped."""
@@ -159,6 +159,9 @@ class _Watch:
             with suppress(RuntimeError):
                 self._halt()
             raise
+        finally:
+            if self._out is not None:
+                (self._out / STOP).unlink(missing_ok=True)
         self._show()
         return end
 
@@ -189,8 +192,7 @@ class _Watch:
                     return end
                 end = self._hear(line) or end
                 self._show()
-                if not self._asked and self._stop():
-                    self._asked = True
+                if self._stop():
                     self._ask_to_stop()
         finally:
             log.kill()
@@ -228,12 +230,14 @@ class _Watch:
         return _End(1, f"the run ended as {row['status']}: {row['status-details']}")
 
     def _ask_to_stop(self) -> None:
-        if self._out and self._out.is_dir():
-            (self._out / STOP).touch()  # it ends its running round first
-        else:
+        """Let the run end its running round; where its folder is out of reach, end it now: its rounds are committed."""
+        if self._out is None and not self._halted:
             self._halt()
+        elif self._out is not None and self._out.is_dir():
+            (self._out / STOP).touch()
 
     def _halt(self) -> None:
+        self._halted = True
         _flwr(self._home, "stop", self._number, "umbel")
 
 

@@ -20,7 +20,7 @@ from server.record import RunFolder, save_named
 from server.references import references
 from server.rounds import Fleet, rounds
 from server.score import scorer
-from server.state import Row, ServerState, Spent, final_weights, first_state
+from server.state import Row, Score, ServerState, Spent, final_weights, first_state
 
 
 class Progress(Protocol):
@@ -46,14 +46,17 @@ class Job:
     fleet: Fleet
     roster: Mapping[str, Hello]
     plans: Mapping[str, Plan]
+    committed: ServerState | None
+    """The last committed state; None before round 1."""
     progress: Progress
+    score: Callable[[ServerState], Score]
     stop: Callable[[], bool]
     runtime: str
 
 
 def run(job: Job) -> dict[str, Any]:
     """Go from the last committed round to the report, report.json, and return it. Raises Stopped when asked to."""
-    state = job.folder.committed() or first_state(job.node.template, job.node.settings)
+    state = job.committed or first_state(job.node.template, job.node.settings)
     state = _with_lost_rounds(job, state)
     if state.phase == "train":
         state = _federate(job, state)
@@ -70,7 +73,7 @@ def run(job: Job) -> dict[str, Any]:
 
 def export(job: Job) -> dict[str, Any]:
     """Prune, recover and ship a finished run's weights again, with what is left of its budget; returns report.json."""
-    state, compared = job.folder.committed(), job.folder.read_json("references.json")
+    state, compared = job.committed, job.folder.read_json("references.json")
     if state is None or compared is None:
         raise Refused(f"{job.folder.path} has not come to its export: `umbel resume {job.folder.path}` goes on with it")
     state = _with_lost_rounds(job, state)
@@ -90,7 +93,7 @@ def prepare(
 
     stop: asked after every round. Raises Refused for what cannot work; a new run then leaves nothing behind.
     """
-    start = folder.read_json("start.json")
+    start, committed = folder.read_json("start.json"), folder.committed()
     try:
         check(scenario, settings)
         node = Node(scenario, settings, scenario.data(settings), folder.states)
@@ -98,6 +101,7 @@ def prepare(
         progress.status("waiting for the clients' first word")
         roster = fleet.hello()
         _enough(roster, settings)
+        score = scorer(node, fleet, sorted(roster))
         held = {"validation": node.federation.validation, "test": node.federation.test}
         server_data = {name: digest(folder.states, part) for name, part in held.items() if part is not None}
         if start is None:
@@ -111,7 +115,7 @@ def prepare(
         if start is None:
             folder.discard()
         raise
-    return Job(node, folder, fleet, roster, plans, progress, stop, runtime)
+    return Job(node, folder, fleet, roster, plans, committed, progress, score, stop, runtime)
 
 
 def check(scenario: Scenario, settings: Settings) -> None:
@@ -143,8 +147,7 @@ def _enough(roster: Mapping[str, Hello], settings: Settings) -> None:
 def _federate(job: Job, state: ServerState) -> ServerState:
     """The rounds of the state's phase; a client that cannot afford one skips it, by name."""
     settings = job.node.settings
-    score = scorer(job.node, job.fleet, sorted(job.roster))
-    for state, row in rounds(job.fleet, job.roster, job.plans, state, settings, job.folder, score):  # noqa: B020
+    for state, row in rounds(job.fleet, job.roster, job.plans, state, settings, job.folder, job.score):  # noqa: B020
         job.progress.row(row)
         if job.stop():
             raise Stopped(f"stopped after round {state.round}: `umbel resume {job.folder.path}` goes on")
@@ -157,8 +160,7 @@ def _ship(job: Job, state: ServerState, compared: Mapping[str, Any]) -> dict[str
     recovered, recovery = _recover(job, state, final)
     shipped = edge.ship(job.node, job.folder.path, final, recovered, recovery, job.progress.status)
     after = recovered or state
-    score = scorer(job.node, job.fleet, sorted(job.roster))
-    at_end = score(replace(after, weights=final, layout=layout(job.node.template)))
+    at_end = job.score(replace(after, weights=final, layout=layout(job.node.template)))
     rows = job.folder.rows()
     seconds = {
         "rounds": sum(row["seconds"] for row in rows),

@@ -15,6 +15,9 @@ from pathlib import Path
 
 from privacy.refused import Refused
 
+PARENT = "UMBEL_PARENT"
+"""The environment variable that tells a simulated run whose it is, so that it ends when that process does."""
+
 COMMANDS = Path(sys.executable).parent
 """Where Flower's commands lie: in the environment that Umbel is installed in."""
 
@@ -48,7 +51,7 @@ def own(home: Path) -> Iterator[SuperLink]:
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
-            env=environment(home),
+            env={**environment(home), PARENT: str(os.getpid())},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,

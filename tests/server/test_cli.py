@@ -1,0 +1,124 @@
+"""The command line as its user meets it: one clear line and exit code 2 for what can be mended, and no traceback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from server import cli
+
+QUICK = (
+    "rounds.number=1 rounds.average=1 export.recover_rounds=0 export.prune=0 "
+    "reference.central_epochs=0 reference.no_privacy=false"
+)
+
+
+def umbel(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of `umbel WORDS`, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["umbel", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+WRONG = {
+    "misspelt setting": (["run", "digits", "--set", "rounds.numbr=3"], "'rounds.number'"),
+    "bad value": (["run", "digits", "--set", "rounds.number=many"], "rounds.number"),
+    "unknown scenario": (["run", "digit"], "digits, heart, mnist"),
+    "missing file": (["run", "./nowhere.py"], "nowhere.py"),
+    "missing data": (["run", "mnist", "--data", "/nonexistent"], "umbel data get mnist"),
+    "epsilon out of reach": (["run", "digits", "--set", "privacy.epsilon=0.01"], "smallest epsilon"),
+    "unknown runtime": (["run", "digits", "--runtime", "cloud"], "embedded, simulation or deployment"),
+    "deployment without superlink": (["run", "digits", "--runtime", "deployment"], "--superlink"),
+    "no superlink there": (["run", "digits", "--runtime", "deployment", "--superlink", "127.0.0.1:9"], "127.0.0.1:9"),
+    "negative seed": (["run", "digits", "--seed", "-1"], "run.seed"),
+    "unknown command": (["rum"], "rum"),
+    "unknown option": (["run", "digits", "--colour"], "--colour"),
+    "no argument": (["run"], "SCENARIO"),
+    "no run folder": (["resume", "/nonexistent"], "no run folder"),
+    "nothing to report": (["report", "/nonexistent"], "report.json"),
+    "unknown data set": (["data", "get", "imagenet"], "imagenet"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_a_wrong_input_gives_one_line_and_exit_code_2_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    words, named = WRONG[kind]
+    monkeypatch.chdir(tmp_path)
+    code, out, err = umbel(capsys, *words)
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert named in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_truncated_run_folder_gives_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert umbel(capsys, "run", "digits", "--quiet", "--out", str(run), "--set", QUICK)[0] == 0
+    (run / "report.json").unlink()
+    whole = (run / "checkpoint.safetensors").read_bytes()
+    (run / "checkpoint.safetensors").write_bytes(whole[:100])
+    code, out, err = umbel(capsys, "resume", str(run))
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert "damaged" in err
+
+
+def test_quiet_prints_the_run_folder_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code, out, err = umbel(capsys, "run", "digits", "--quiet", "--seed", "3", "--out", str(run), "--set", QUICK)
+    assert (code, out, err) == (0, f"{run}\n", "")
+    report = json.loads((run / "report.json").read_text())
+    assert report["seed"] == 3
+    assert report["changed"]["rounds.number"] == 1
+    code, out, err = umbel(capsys, "run", "digits", "--out", str(run))
+    assert (code, len(err.splitlines())) == (2, 1)
+    assert "not empty" in err
+
+
+def test_results_go_to_stdout_and_progress_to_stderr(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, err = umbel(capsys, "run", "digits", "--out", str(tmp_path / "run"), "--set", QUICK)
+    assert code == 0
+    assert "round 1" in err
+    assert "round 1" not in out
+    assert "report.html" in out
+
+
+def test_settings_lists_every_one_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = umbel(capsys, "settings", "digits", "--set", "rounds.number=5")
+    assert code == 0
+    line = next(line for line in out.splitlines() if line.startswith("rounds.number"))
+    assert line.split()[1:3] == ["5", "35"] or "5" in line.split()[1:3]
+    assert "federated rounds" in line
+
+
+def test_scenarios_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = umbel(capsys, "scenarios")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines() if line[:1].strip()] == ["digits", "heart", "mnist"]
+
+
+def test_export_changes_export_settings_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    umbel(capsys, "run", "digits", "--quiet", "--out", str(run), "--set", QUICK)
+    code, _, err = umbel(capsys, "export", str(run), "--set", "privacy.epsilon=9")
+    assert (code, len(err.splitlines())) == (2, 1)
+    code, out, _ = umbel(capsys, "export", str(run), "--quiet", "--set", "export.prune=0.5")
+    assert (code, out) == (0, f"{run}\n")
+    variants = json.loads((run / "report.json").read_text())["edge"]["variants"]
+    assert {variant["name"] for variant in variants if variant["file"]} >= {"pruned-fp32", "unpruned-fp32"}
+    assert "prune = 0.5" in (run / "settings.toml").read_text()
+
+
+def test_the_installed_command_is_this_one() -> None:
+    done = subprocess.run([Path(sys.executable).parent / "umbel", "--help"], capture_output=True, text=True, check=True)
+    for command in ("run", "resume", "export", "report", "compare", "scenarios", "settings", "data"):
+        assert command in done.stdout

@@ -1,0 +1,198 @@
+"""The main job in this process: clients that evaluate, data that changed, exports that come later."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from clients.training import Node
+from privacy.refused import Refused
+from scenarios import Examples, Federation, Scenario
+from scenarios.settings import Settings, override
+from server import run as job
+from server.embedded import EmbeddedFleet
+from server.record import RunFolder
+
+BASE = (
+    "rounds.number=3 local.batch=0 local.rate=1 export.recover_rounds=1 reference.no_privacy=false "
+    "privacy.unit=example privacy.epsilon=20 privacy.noise_seed=1"
+)
+
+
+def made_examples(seed: int, size: int = 30) -> Examples:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(size, 6, generator=generator)
+    return Examples(x, (x.sum(1) > 0).long())
+
+
+def made_scenario(federation: Federation, model: Callable[[], nn.Module] | None = None) -> Scenario:
+    net = model or (lambda: nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 2)))
+    return Scenario("made for a test", override(Settings(), BASE), {"net": net}, lambda _: federation, name="made")
+
+
+def federation_of(client: Callable[[str], Examples] | None = None, test: bool = True) -> Federation:
+    return Federation(
+        {"a": 30, "b": 30},
+        client or (lambda name: made_examples(ord(name))),
+        made_examples(1, 60),
+        made_examples(2, 60) if test else None,
+        lambda name: made_examples(ord(name) + 10, 20 if name == "a" else 40),
+    )
+
+
+class Quiet:
+    def row(self, row: dict[str, Any]) -> None:
+        pass
+
+    def status(self, text: str) -> None:
+        pass
+
+
+def run(path: Path, scenario: Scenario, text: str = "", again: bool = False) -> dict[str, Any]:
+    settings = override(scenario.settings, text)
+    with RunFolder.open(path) if again else RunFolder.create(path, "made", settings) as folder:
+        return job.run(job.prepare(scenario, settings, folder, EmbeddedFleet, Quiet()))
+
+
+def export(path: Path, scenario: Scenario, text: str = "") -> dict[str, Any]:
+    with RunFolder.open(path) as folder:
+        settings = override(folder.settings()[1], text)
+        return job.export(job.prepare(scenario, settings, folder, EmbeddedFleet, Quiet()))
+
+
+def test_a_run_leaves_every_file_that_is_promised(tmp_path: Path) -> None:
+    run(tmp_path / "run", made_scenario(federation_of()))
+    names = {"settings.toml", "rounds.jsonl", "weights.safetensors", "report.json", "report.html", "model.onnx", "edge"}
+    assert names <= {path.name for path in (tmp_path / "run").iterdir()}
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+def test_clients_that_evaluate_give_the_weighted_and_the_worst_accuracy(tmp_path: Path) -> None:
+    found = run(tmp_path / "run", made_scenario(federation_of(test=False)), "evaluation.on=clients")
+    rows = [json.loads(line) for line in (tmp_path / "run/rounds.jsonl").read_text().splitlines()]
+    assert found["final"]["evaluated_by"] == "clients"
+    assert found["final"]["worst_client_accuracy"] <= found["final"]["accuracy"]
+    assert all(row["worst_client_accuracy"] <= row["accuracy"] for row in rows)
+    assert (found["final"]["accuracy"] * 60) % 1 == pytest.approx(0, abs=1e-6)
+    assert "without noise" in found["privacy"]["not_covered"][0]
+    assert found["reference"]["central_reason"] == "the server has no test set"
+
+
+def test_a_server_without_test_data_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="set evaluation"):
+        run(tmp_path / "run", made_scenario(federation_of(test=False)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_data_changed_is_not_resumed(tmp_path: Path) -> None:
+    run(tmp_path / "run", made_scenario(federation_of()))
+    changed = federation_of(lambda name: made_examples(ord(name) + (name == "b")))
+    before = (tmp_path / "run/report.json").read_bytes()
+    with pytest.raises(Refused, match="data of client b has changed"):
+        run(tmp_path / "run", made_scenario(changed), again=True)
+    other = replace(federation_of(), test=made_examples(3, 60))
+    with pytest.raises(Refused, match="server's test or validation data has changed"):
+        run(tmp_path / "run", made_scenario(other), again=True)
+    assert (tmp_path / "run/report.json").read_bytes() == before
+
+
+def test_recovery_is_part_of_the_budget_and_a_later_export_has_none_left(tmp_path: Path) -> None:
+    scenario = made_scenario(federation_of())
+    first = run(tmp_path / "run", scenario)
+    assert [client["steps"] for client in first["privacy"]["clients"]] == [4, 4]
+    assert 19.9 < first["privacy"]["worst_epsilon"] <= 20
+    again = export(tmp_path / "run", scenario, "export.prune=0.25")
+    assert again["edge"]["recovery"] == "pruned without recovery: no privacy budget is left"
+    assert again["privacy"]["clients"] == first["privacy"]["clients"]
+    assert again["final"] == first["final"]
+
+
+def test_a_later_export_recovers_with_what_is_left_of_the_budget(tmp_path: Path) -> None:
+    scenario = made_scenario(federation_of())
+    without = "export.prune=0"  # one recovery round is paid for in the noise and not used
+    run(tmp_path / "run", scenario, without)
+    again = export(tmp_path / "run", scenario, "export.prune=0.5")
+    assert again["edge"]["recovery"].startswith("pruned, then 1 federated round")
+    assert [client["steps"] for client in again["privacy"]["clients"]] == [4, 4]
+    assert len((tmp_path / "run/rounds.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_model_with_nothing_to_prune_ships_unpruned_and_says_why(tmp_path: Path) -> None:
+    found = run(tmp_path / "run", made_scenario(federation_of(), lambda: nn.Linear(6, 2)))
+    missing = [variant for variant in found["edge"]["variants"] if variant["name"].startswith("pruned")]
+    assert missing
+    assert all(variant["file"] is None and variant["reason"] for variant in missing)
+    assert found["edge"]["accuracy"] is not None
+
+
+def test_references_are_measured_or_say_why_not(tmp_path: Path) -> None:
+    text = "reference.no_privacy=true reference.central_epochs=20 reference.central_rate=0.5"
+    found = run(tmp_path / "run", made_scenario(federation_of()), text)["reference"]
+    assert found["central_accuracy"] > 0.8
+    assert found["no_privacy_accuracy"] > 0.6
+    without = run(tmp_path / "other", made_scenario(federation_of()), "privacy.unit=none")["reference"]
+    assert without["no_privacy_accuracy"] is None
+    assert without["no_privacy_reason"] == "the run itself has no privacy"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("codec=zip", "no codec"),
+        ("server.combine=max", "server.combine"),
+        ("server.combine=krum", "needs 5 replies"),
+        ("server.combine=median server.normalize=true", "normalize"),
+        ("server.step=lion", "server.step"),
+        ("fleet.profile=nowhere", "fleet profile"),
+        ("model=big", "no model"),
+        ("rounds.average=4", "rounds.average"),
+        ("rounds.minimum=3", "rounds.minimum"),
+        ("privacy.epsilon=0.001", "smallest epsilon"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_round_one(tmp_path: Path, text: str, line: str) -> None:
+    with pytest.raises(Refused, match=line) as caught:
+        run(tmp_path / "run", made_scenario(federation_of()), text)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_batch_norm_is_refused_under_dp_and_federated_without(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2))
+
+    with pytest.raises(Refused, match="GroupNorm"):
+        run(tmp_path / "run", made_scenario(federation_of(), model))
+    found = run(tmp_path / "run", made_scenario(federation_of(), model), "privacy.unit=none")
+    assert found["final"]["accuracy"] > 0.5
+
+
+def test_the_refusal_names_the_most_rounds_that_the_budget_allows(tmp_path: Path) -> None:
+    text = "privacy.epsilon=2 privacy.max_noise=3 rounds.number={}"
+    with pytest.raises(Refused, match="most rounds for this epsilon are") as caught:
+        run(tmp_path / "run", made_scenario(federation_of()), text.format(200))
+    most = int(str(caught.value).rsplit(" ", 1)[1])
+    assert run(tmp_path / "fits", made_scenario(federation_of()), text.format(most - 1))["rounds"] == most - 1
+    with pytest.raises(Refused):
+        run(tmp_path / "beyond", made_scenario(federation_of()), text.format(most))
+
+
+def test_the_node_of_a_run_keeps_client_states_in_its_folder(tmp_path: Path) -> None:
+    seen: list[Node] = []
+
+    class Watched(EmbeddedFleet):
+        def __init__(self, node: Node) -> None:
+            seen.append(node)
+            super().__init__(node)
+
+    scenario = made_scenario(federation_of())
+    settings = override(scenario.settings, "codec=topk:0.2")
+    folder = RunFolder.create(tmp_path / "run", "made", settings)
+    job.run(job.prepare(scenario, settings, folder, Watched, Quiet()))
+    assert seen[0].states == tmp_path / "run" / "clients"
+    assert len(list(seen[0].states.rglob("*.npy"))) >= 2
