@@ -7,7 +7,6 @@ Legend: N examples, K columns of logits (one column is the logit of class 1).
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,13 +31,12 @@ def open_model(model: bytes, name: str = "the model") -> onnxruntime.InferenceSe
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    with tempfile.TemporaryDirectory(prefix="umbel-") as empty:
-        # Without this, onnxruntime looks for external weights beside the current directory.
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", empty)
-        try:
-            session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's errors share no base class of their own
-            raise Unusable(f"{name} is not an ONNX model that runs here: {_line(error)}") from None
+    # Without this, onnxruntime looks for external weights beside the current directory; below a device nothing can lie.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors share no base class of their own
+        raise Unusable(f"{name} is not an ONNX model that runs here: {_line(error)}") from None
     inputs, outputs = session.get_inputs(), session.get_outputs()
     if [i.type for i in inputs] != ["tensor(float)"] or [o.type for o in outputs] != ["tensor(float)"]:
         raise Unusable(f"{name} must have one float32 input and one float32 output: export it with Umbel")

@@ -21,7 +21,7 @@ OPSET = 20
 """GroupNorm runs faster on CPU in opset 20 than in 21 and later (measured)."""
 INPUT, OUTPUT = "input", "logits"
 
-_ABSOLUTE = re.compile(rb"(?<![\w.])/[\w.@+-]+/[\w.@+-]+|[A-Za-z]:\\\\?[\w.]")
+_ABSOLUTE = re.compile(r"(?<![\w.])/[\w.@+-]+/[\w.@+-]+|(?<!\w)[A-Za-z]:\\")
 
 
 def export(model: nn.Module, example_x: Tensor, metadata: Mapping[str, str]) -> onnx.ModelProto:
@@ -112,10 +112,16 @@ def _parts(message: Any) -> Iterator[Any]:
 
 
 def _refuse_paths(model: onnx.ModelProto) -> None:
-    bare = copy.deepcopy(model)
-    for part in _parts(bare):
-        if isinstance(part, onnx.TensorProto):
-            part.ClearField("raw_data")  # numbers may spell anything
-    found = _ABSOLUTE.search(bare.SerializeToString())
-    if found:
-        raise Refused(f"the exported model names a path of this machine: {found.group().decode(errors='replace')}")
+    for text in _texts(model):
+        found = _ABSOLUTE.search(text)
+        if found:
+            raise Refused(f"the exported model names a path of this machine: {found.group()}")
+
+
+def _texts(model: onnx.ModelProto) -> Iterator[str]:
+    """Every text in `model`. Numbers are left out: the bytes of weights may spell anything."""
+    for part in _parts(model):
+        for field, value in part.ListFields():
+            if field.type in (field.TYPE_STRING, field.TYPE_BYTES) and field.name != "raw_data":
+                for text in value if field.is_repeated else [value]:
+                    yield text if isinstance(text, str) else text.decode(errors="replace")

@@ -108,7 +108,7 @@ def blobs() -> Callable[[int, int], Examples]:
         centres = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
         generator = torch.Generator().manual_seed(seed)
         y = torch.randint(3, (number,), generator=generator)
-        return Examples(centres[y] + 0.5 * torch.randn(number, 16, generator=generator), y)
+        return Examples(centres[y] + 1.5 * torch.randn(number, 16, generator=generator), y)
 
     return drawn
 

@@ -65,7 +65,7 @@ def test_the_numbers_of_a_variant_are_those_of_its_file(shipped, blobs, trained)
     assert variants["unpruned-fp32"].max_abs_diff <= 1e-4 < variants["unpruned-int8"].max_abs_diff
     assert variants["unpruned-fp32"].macs == 16 * 32 + 32 * 3 == 2 * variants["pruned-int8"].macs
     assert variants["unpruned-fp32"].macs == macs(trained, validation.x[:1])
-    assert variants["unpruned-fp32"].accuracy > 0.9
+    assert 0.8 < variants["unpruned-fp32"].accuracy != variants["unpruned-fp32"].validation_accuracy
 
 
 def test_the_model_carries_shape_classes_and_meaning_and_the_whole_is_json(shipped):

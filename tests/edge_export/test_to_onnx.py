@@ -55,6 +55,15 @@ def test_a_path_that_remains_in_a_name_is_refused(exported, where):
         stripped(graph, {})
 
 
+def test_weights_whose_bytes_spell_a_path_are_no_path(exported):
+    _, _, graph = exported("mlp")
+    spelled = b"/home/someone/y:\\t" * 2
+    graph.graph.initializer[0].raw_data = spelled.ljust(64 * 64 * 4, b"\0")
+    scale = onnx.helper.make_tensor("scale", onnx.TensorProto.INT8, [len(spelled)], list(spelled))
+    graph.graph.initializer.append(scale)
+    assert spelled in stripped(graph, {}).SerializeToString()
+
+
 def test_documentation_and_metadata_are_stripped_wherever_they_are(exported):
     _, _, graph = exported("mlp")
     clean = stripped(graph, {}).SerializeToString()
