@@ -57,13 +57,13 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-def assert_same(one: Path, other: Path) -> None:
+def assert_same(one: Path, other: Path, number: int = 2) -> None:
     """Same weights to the bit, same rounds (times aside), same account."""
     assert (one / "weights.safetensors").read_bytes() == (other / "weights.safetensors").read_bytes()
     assert rows(one) == rows(other)
     clients = [json.loads((path / "report.json").read_text())["privacy"]["clients"] for path in (one, other)]
     assert clients[0] == clients[1]
-    assert len(rows(one)) == 2
+    assert len(rows(one)) == number
 
 
 def rows(path: Path) -> list[Row]:
@@ -89,6 +89,23 @@ def test_real_nodes_give_the_embedded_weights(
 ) -> None:
     out = flower.run("digits", load("digits"), settings(noise), tmp_path / "run", Heard(), lambda: False, superlink)
     assert_same(out, embedded[noise])
+
+
+@pytest.mark.slow
+def test_a_simulation_that_is_stopped_goes_on_embedded_to_the_same_weights(tmp_path: Path) -> None:
+    wanted = override(settings("without"), "rounds.number=60 local.rate=0.5")
+    heard = Heard()
+    with pytest.raises(run.Stopped, match=r"stopped after round \d+: `umbel resume"):
+        flower.run("digits", load("digits"), wanted, tmp_path / "cut", heard, lambda: bool(heard.rows))
+    done = len(rows(tmp_path / "cut"))
+    assert 1 <= done < 60
+    assert not (tmp_path / "cut" / flower.STOP).exists()
+    for name in ("cut", "whole"):
+        path = tmp_path / name
+        folder = RunFolder.open(path) if name == "cut" else RunFolder.create(path, "digits", wanted)
+        told = folder.settings()[1]
+        run.run(run.prepare(load("digits"), told, folder, EmbeddedFleet, Heard()))
+    assert_same(tmp_path / "cut", tmp_path / "whole", 60)
 
 
 def left_over(mark: str) -> list[str]:

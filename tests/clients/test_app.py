@@ -1,0 +1,173 @@
+"""The ClientApp: which client a node is, whose data and state it uses, and what it says when it cannot work."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from clients import app as client_app
+from clients import messages, training
+from clients.app import app
+from clients.task import Hello, Task
+from scenarios import build_model, load
+from scenarios.settings import override
+from scenarios.weights import flatten, layout
+
+SCENARIO = """
+import torch
+from torch import nn
+from privacy.refused import Refused
+from scenarios import Examples, Federation, Scenario
+from scenarios.settings import Settings
+
+def data(settings):
+    def client(name):
+        if name == "ill":
+            raise RuntimeError("patient 17 has 3.5")
+        return Examples(torch.ones(4, 2), torch.zeros(4, dtype=torch.long))
+    if settings.run.data == "gone":
+        raise Refused("there is no data here")
+    held = Examples(torch.ones(2, 2), torch.zeros(2, dtype=torch.long))
+    return Federation(sizes={"a": 4, "b": 4, "ill": 4}, client=client, validation=held, test=held)
+
+SCENARIO = Scenario("for a test", Settings(), {"linear": lambda: nn.Linear(2, 2)}, data)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _inside_a_flower_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("run_id", "node_id", "task_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1, raising=False)
+    client_app._node.cache_clear()
+
+
+@pytest.fixture
+def scenario(tmp_path: Path) -> str:
+    path = tmp_path / "mine.py"
+    path.write_text(SCENARIO)
+    return str(path)
+
+
+def context(scenario: str, set_: str = "", /, **node_config: Any) -> Context:
+    config = {name.replace("_", "-"): value for name, value in node_config.items()}
+    return Context(5, 1, config, RecordDict(), {"scenario": scenario, "set": set_})
+
+
+def ask(kind: str, content: RecordDict, context: Context) -> RecordDict:
+    message = Message(content, 1, kind)
+    message.metadata.__dict__["_message_id"] = "1"
+    return app(message, context).content
+
+
+def hello(context: Context) -> Hello | str:
+    return messages.decode_hello(ask("query", messages.greeting(), context))[0]
+
+
+def a_task(client: str, scenario: str = "digits") -> Task:
+    settings = override(load(scenario).settings, "")
+    model = build_model(load(scenario), settings)
+    return Task("train", 1, client, flatten(model), layout(model), rate=0.1, steps=1)
+
+
+def test_a_device_is_the_client_that_its_owner_names(scenario: str, tmp_path: Path) -> None:
+    said = hello(context(scenario, client="b", state=str(tmp_path / "state")))
+    assert isinstance(said, Hello)
+    assert (said.name, said.examples) == ("b", 4)
+
+
+@pytest.mark.parametrize(("number", "name"), [(0, "a"), (1, "b")])
+def test_a_simulated_node_is_the_client_of_its_number(number: int, name: str, scenario: str, tmp_path: Path) -> None:
+    said = hello(context(scenario, f"run.out={tmp_path}/run", partition_id=number, num_partitions=3))
+    assert isinstance(said, Hello)
+    assert said.name == name
+
+
+@pytest.mark.parametrize(
+    ("node_config", "reason"),
+    [
+        ({}, "does not say which client it is"),
+        ({"client": "nobody"}, "this node is client 'nobody', but the scenario has a, b, ill"),
+        ({"partition_id": 0, "num_partitions": 2}, "there are 3 clients, but 2 nodes"),
+        ({"partition_id": 3, "num_partitions": 4}, "number 3 from 0, is one too many"),
+        ({"client": "a", "data": "gone"}, "there is no data here"),
+        ({"client": "ill"}, "failed with RuntimeError"),
+    ],
+)
+def test_a_node_that_cannot_take_part_says_why_and_quotes_no_data(
+    node_config: dict[str, Any], reason: str, scenario: str, tmp_path: Path
+) -> None:
+    said = hello(context(scenario, state=str(tmp_path / "state"), **node_config))
+    assert isinstance(said, str)
+    assert reason in said
+    assert "patient" not in said
+
+
+def test_a_server_cannot_choose_the_data_folder_of_a_device_but_of_a_simulated_node(
+    scenario: str, tmp_path: Path
+) -> None:
+    device = context(scenario, "run.data=gone", client="a", state=str(tmp_path / "state"))
+    assert isinstance(hello(device), Hello)
+    assert hello(context(scenario, "run.data=gone", partition_id=0, num_partitions=3)) == "there is no data here"
+
+
+def test_the_owners_own_scenario_file_is_used_where_the_run_asks_for_one_of_that_name(
+    scenario: str, tmp_path: Path
+) -> None:
+    asked = "/where/the/server/has/it/mine.py"
+    state = str(tmp_path / "state")
+    assert isinstance(hello(context(asked, client="a", scenario=scenario, state=state)), Hello)
+    assert "no scenario file" in str(hello(context("/elsewhere/other.py", client="a", scenario=scenario, state=state)))
+
+
+def test_a_device_trains_as_the_embedded_runtime_does(scenario: str, tmp_path: Path) -> None:
+    task = a_task("a", scenario)
+    told = context(scenario, client="a", state=str(tmp_path / "state"))
+    over_flower = messages.decode_reply(ask("train", messages.encode_task(task), told), task)
+    chosen = load(scenario)
+    node = training.Node(chosen, chosen.settings, chosen.data(chosen.settings), tmp_path / "here")
+    assert over_flower == training.answer(node, task)
+    assert over_flower.reason == ""
+
+
+def test_a_device_refuses_the_task_of_another_client(scenario: str, tmp_path: Path) -> None:
+    task = a_task("b", scenario)
+    told = context(scenario, client="a", state=str(tmp_path / "state"))
+    reply = messages.decode_reply(ask("train", messages.encode_task(task), told), task)
+    assert reply.reason == "this node is a, the task is for b"
+    assert reply.payload == b""
+
+
+def test_a_garbled_task_is_answered_with_a_reason(scenario: str, tmp_path: Path) -> None:
+    told = context(scenario, client="a", state=str(tmp_path / "state"))
+    reply = messages.decode_reply(ask("train", RecordDict(), told), a_task("a", scenario))
+    assert reply.reason == "failed with ValueError"
+
+
+def test_client_state_outlives_the_process_and_belongs_to_one_run(tmp_path: Path) -> None:
+    """Error feedback of top-k is kept on the node's disk, by run folder, whatever number Flower gives the run."""
+    state = tmp_path / "state"
+
+    def folder(out: str, run: int) -> set[Path]:
+        told = context("digits", f"codec=topk:0.1 run.out={out} fleet.clients=3", client="client-0", state=str(state))
+        told.run_id = run
+        client_app._node.cache_clear()  # a new process
+        before = set(state.rglob("1.npy"))
+        task = a_task("client-0")
+        reply = messages.decode_reply(ask("train", messages.encode_task(task), told), task)
+        assert reply.reason == ""
+        return set(state.rglob("1.npy")) - before
+
+    first = folder("one", 1)
+    assert len(first) == 1
+    assert np.load(first.pop()).any()
+    assert folder("one", 2) == set()
+    assert len(folder("two", 2)) == 1
+
+
+def test_state_lies_where_umbel_state_says(monkeypatch: pytest.MonkeyPatch, scenario: str, tmp_path: Path) -> None:
+    monkeypatch.setenv("UMBEL_STATE", str(tmp_path / "elsewhere"))
+    assert isinstance(hello(context(scenario, client="a")), Hello)
+    assert list((tmp_path / "elsewhere").glob("*/key"))
