@@ -70,6 +70,7 @@ def _folder(name: str, scenario: Scenario, settings: Settings) -> RunFolder:
     _, before = folder.settings()
     told = {name: getattr(settings.run, name) for name in ("data", "out", "resume")}
     if before.model_copy(update={"run": before.run.model_copy(update=told)}) != settings:
+        folder.close()
         raise Refused(f"{path} was started with other settings: the nodes read `set`, so repeat it, or start a new run")
     return folder
 
