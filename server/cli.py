@@ -1,25 +1,15 @@
 """umbel: the command line. Results go to stdout, progress to stderr; bad input is one line and exit code 2."""
 
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import click
 import typer
 
 from privacy.refused import Refused
-
-if TYPE_CHECKING:
-    from scenarios import Scenario
-    from scenarios.settings import Settings
-    from server.record import RunFolder
-    from server.run import Job, Progress
 
 app = typer.Typer(
     name="umbel",
@@ -60,11 +50,12 @@ def run(
     """
     from scenarios import load
     from scenarios.settings import override
+    from server import launch
 
     chosen = load(scenario)
     settings = override(chosen.settings, " ".join([set_, *_flags(seed, data, out)]))
     folder = Path(settings.run.out or f"runs/{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    _go(chosen, scenario, settings, folder, runtime, superlink, quiet, new=True)
+    launch.go(chosen, scenario, settings, folder, runtime, superlink, quiet, new=True)
 
 
 @app.command()
@@ -78,6 +69,7 @@ def resume(
     """Go on with a run from its last committed round. A finished run is left as it is."""
     from scenarios import load
     from scenarios.settings import override
+    from server import launch
     from server.record import RunFolder
 
     with RunFolder.open(run_folder) as folder:
@@ -85,10 +77,10 @@ def resume(
         finished = folder.read_json("report.json") is not None and (run_folder / "report.html").exists()
     if finished:
         print(run_folder, "has finished already: nothing to do", file=sys.stderr)
-        _show(run_folder, quiet)
+        launch.show(run_folder, quiet)
         return
     settings = override(settings, " ".join(_flags(None, data, None)))
-    _go(load(name), name, settings, run_folder, runtime, superlink, quiet, new=False)
+    launch.go(load(name), name, settings, run_folder, runtime, superlink, quiet, new=False)
 
 
 @app.command()
@@ -101,24 +93,25 @@ def export(
     """Prune, recover, quantize, check and choose again, with what is left of the run's privacy budget."""
     from scenarios import load
     from scenarios.settings import knobs, override
+    from server import launch
     from server import run as job
     from server.record import RunFolder
 
-    with RunFolder.open(run_folder) as folder, _signals() as stop:
+    with RunFolder.open(run_folder) as folder, launch.signals() as stop:
         name, before = folder.settings()
         settings = override(before, " ".join([set_, *_flags(None, data, None)]))
         old = {knob: value for knob, value, _ in knobs(before)}
         for knob, value, _ in knobs(settings):
             if value != old[knob] and not knob.startswith(("export.", "run.data")):
                 raise Refused(f"umbel export changes export.* alone, not {knob}: start a new run for that")
-        with _prepared(load(name), settings, folder, stop, quiet) as prepared:
+        with launch.prepared_job(load(name), settings, folder, stop, quiet) as prepared:
             try:
                 job.export(prepared)
             except job.Stopped:
                 again = f"`umbel export {run_folder}` exports again with what is left of the budget"
-                raise _Stop(f"stopped: {again}") from None
+                raise launch.Stop(f"stopped: {again}") from None
         folder.write_settings(name, settings)
-    _show(run_folder, quiet)
+    launch.show(run_folder, quiet)
 
 
 @app.command()
@@ -126,10 +119,11 @@ def report(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")], quiet: Quiet = False
 ) -> None:
     """Draw report.html again from report.json and rounds.jsonl, and print the summary."""
+    from server import launch
     from server import report as page
 
     page.write(run_folder)
-    _show(run_folder, quiet)
+    launch.show(run_folder, quiet)
 
 
 @app.command()
@@ -253,117 +247,6 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _go(
-    scenario: "Scenario",
-    reference: str,
-    settings: "Settings",
-    path: Path,
-    runtime: str,
-    superlink: str,
-    quiet: bool,
-    new: bool,
-) -> None:
-    from server import run as job
-    from server.record import RunFolder
-
-    if runtime not in ("embedded", "simulation", "deployment"):
-        raise Refused(f"there is no runtime {runtime!r}: choose embedded, simulation or deployment")
-    if (runtime == "deployment") != bool(superlink):
-        raise Refused("--superlink HOST:PORT goes with --runtime deployment, and is needed there")
-    job.check(scenario, settings)
-    with _signals() as stop:
-        try:
-            if runtime == "embedded":
-                reference = str(Path(reference).resolve()) if reference.endswith(".py") else reference
-                with (
-                    RunFolder.create(path, reference, settings) if new else RunFolder.open(path) as folder,
-                    _prepared(scenario, settings, folder, stop, quiet) as prepared,
-                ):
-                    job.run(prepared)
-            else:
-                from server import flower
-                from server.superlink import running
-
-                _ = running(superlink) if superlink else scenario.data(settings)  # refused, if at all, in one line
-                with _live(scenario, settings, quiet) as progress:
-                    path = flower.run(reference, scenario, settings, path, progress, stop, superlink, resume=not new)
-        except job.Stopped as reason:
-            raise _Stop(str(reason)) from None
-    _show(path, quiet)
-
-
-@contextmanager
-def _prepared(
-    scenario: "Scenario", settings: "Settings", folder: "RunFolder", stop: Callable[[], bool], quiet: bool
-) -> Iterator["Job"]:
-    """The embedded fleet met, then its live table: what is refused at the meeting stays one line."""
-    from rich.console import Console
-
-    from server import run as job
-    from server.embedded import EmbeddedFleet
-
-    with Console(stderr=True, quiet=quiet).status("meeting the clients, calibrating noise"):
-        prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, _Silent(), stop)
-    with _live(scenario, settings, quiet) as progress:
-        yield replace(prepared, progress=progress)
-
-
-class _Stop(click.exceptions.Exit):
-    """Stopped on purpose: one line, exit code 3."""
-
-    def __init__(self, line: str) -> None:
-        super().__init__(_fail(line, 3))
-
-
-@contextmanager
-def _live(scenario: "Scenario", settings: "Settings", quiet: bool) -> Iterator["Progress"]:
-    """The live table, or nothing when quiet."""
-    from server.console import Live
-
-    if quiet:
-        yield _Silent()
-        return
-    total = settings.rounds.number + settings.export.recover_rounds
-    with Live(total, f"{scenario.name}: {scenario.summary}") as live:
-        yield live
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C or SIGTERM has asked to stop after the running round; a second one ends at once."""
-    asked: list[int] = []
-
-    def on_signal(number: int, _: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-        print("umbel: stopping after this round; once more ends at once", file=sys.stderr)
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _Silent:
-    def row(self, row: dict[str, Any]) -> None:
-        """Says nothing."""
-
-    def status(self, text: str) -> None:
-        """Says nothing."""
-
-
-def _show(path: Path, quiet: bool) -> None:
-    from server import console, report
-
-    if quiet or not path.exists():  # the SuperLink of a deployment may be on another machine, and so the run folder
-        print(path)
-    else:
-        console.summary(report.load(path), path)
 
 
 def _flags(seed: int | None, data: str | None, out: str | None) -> list[str]:
