@@ -124,6 +124,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     ]
     notes += [] if row["applied"] else ["not applied"]
     notes += ["recovery"] if row["phase"] == "recover" else []
+    clock = row["simulated_seconds"]
+    notes += [f"fleet clock {units.duration(clock)}"] if clock is not None else []
     return [
         str(row["round"]),
         str(asked) if asked == good else f"{good}/{asked}",
@@ -144,7 +146,13 @@ def summary(run: results.Report, folder: Path, console: Console | None = None) -
     out.print(Text.assemble((run["scenario"], "bold"), "  ", (units.printable(run["summary"]), "dim")))
     if run["status"] != "done":
         out.print(Text(f"stopped before its last round, after {run['rounds']}", style="yellow"))
-    for title, body in (("Accuracy", _accuracy(run)), ("Privacy", _privacy(run)), ("Edge models", _edge(run))):
+    parts = [
+        ("Accuracy", _accuracy(run)),
+        ("Privacy", _privacy(run)),
+        ("Cost", _cost(run)),
+        ("Edge models", _edge(run)),
+    ]
+    for title, body in parts:
         out.print()
         out.print(Text(title, style="bold"))
         out.print(body)
@@ -186,6 +194,20 @@ def _privacy(run: results.Report) -> RenderableType:
         table.add_row("δ", privacy["delta_rule"])
         parts.append(table)
     return Group(*parts)
+
+
+def _cost(run: results.Report) -> RenderableType:
+    fleet = run["fleet"]
+    table = _facts(align="left")
+    table.add_row("Bytes", f"{units.size(run['bytes']['up'])} up, {units.size(run['bytes']['down'])} down")
+    clock = fleet["simulated_seconds"]
+    wall = units.duration(run["seconds"]["total"])
+    table.add_row("Time", wall if clock is None else f"{wall} here, {units.duration(clock)} on the fleet's clock")
+    if left_out := fleet["left_out"]:
+        most = ", ".join(f"{e['name']} {e['times']}x ({units.printable(e['reason'])})" for e in left_out[:3])
+        more = f" and {len(left_out) - 3} more in the report" if len(left_out) > 3 else ""
+        table.add_row("Left out most often", Text(most + more))
+    return table
 
 
 def _edge(run: results.Report) -> RenderableType:

@@ -84,7 +84,7 @@ def test_where_stderr_is_no_terminal_each_round_is_one_plain_line(run):
     lines = file.getvalue().splitlines()
     assert lines[0] == "digits"
     assert lines[1].startswith("round 1 of 38: cohort 20, loss ")
-    assert lines[2].endswith("note not applied")
+    assert lines[2].endswith("note not applied, fleet clock 27.5 s")
     assert lines[3:] == ["exporting"]
     assert "\x1b" not in file.getvalue()
 
