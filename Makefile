@@ -32,7 +32,7 @@ bench: env
 	$(BIN)/python benchmarks/rounds.py
 
 docs: env
-	$(BIN)/python docs/commands.py
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf .venv build *.egg-info
