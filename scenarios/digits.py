@@ -44,11 +44,13 @@ SCENARIO = Scenario(
     summary="handwritten digits, 20 clients, example-level DP at epsilon 8 (bundled data)",
     settings=Settings(
         partition="dirichlet:0.3",
-        rounds=Rounds(number=35, average=4),
-        local=Local(batch=0, rate=12.0, decay=0.6),
-        privacy=Privacy(unit="example", epsilon=8.0, clip=0.5),
-        export=Export(recover_rounds=3),
-        reference=Reference(central_epochs=60, no_privacy_set="local.rate=1 local.decay=0"),
+        rounds=Rounds(number=50, average=4),
+        local=Local(batch=0, rate=12.0, decay=0.7),
+        privacy=Privacy(unit="example", epsilon=8.0, clip=0.35),
+        export=Export(recover_rounds=3, prune=0.25),
+        reference=Reference(
+            central_epochs=30, central_batch=32, central_rate=0.3, no_privacy_set="local.rate=2 local.decay=0"
+        ),
     ),
     models={"mlp": mlp},
     data=data,

@@ -93,8 +93,8 @@ def rounds(
 
 
 def rate(local: Local, number: int, rounds_number: int) -> float:
-    """The local learning rate of round `number`; recovery rounds keep the last one's."""
-    progress = min(number - 1, rounds_number - 1) / max(1, rounds_number - 1)
+    """The local learning rate of round `number`; recovery rounds after the last begin anew, without decay."""
+    progress = (number - 1) / max(1, rounds_number - 1) if number <= rounds_number else 0.0
     return local.rate * (1 - local.decay * progress)
 
 

@@ -205,9 +205,9 @@ def test_the_final_weights_are_the_mean_of_the_last_rounds(tmp_path: Path) -> No
     assert np.allclose(final_weights(each[0]), (third.astype(np.float64) + fourth) / 2, atol=1e-7)
 
 
-def test_the_rate_falls_linearly_and_stays_in_recovery() -> None:
+def test_the_rate_falls_linearly_and_recovery_begins_at_full_rate() -> None:
     local = override(Settings(), "local.rate=10 local.decay=0.6").local
-    assert [rate(local, n, 5) for n in (1, 3, 5, 6, 9)] == pytest.approx([10, 7, 4, 4, 4])
+    assert [rate(local, n, 5) for n in (1, 3, 5, 6, 9)] == pytest.approx([10, 7, 4, 10, 10])
     assert rate(local, 1, 1) == 10
 
 
