@@ -4,6 +4,7 @@ Guarantee: with the generator of `noise_generator(None)`, every call of `Private
 on the client's examples, add-or-remove-one adjacency, whoever sees the gradient (Abadi et al. 2016, Algorithm 1).
 """
 
+import copy
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,16 +22,18 @@ from privacy.plan import History, Mechanism
 from privacy.refused import Refused
 
 _FLOATS_AT_ONCE = 1 << 26
+_HEAD, _WORDS = 24, 624
+"""Where torch keeps the words of its Mersenne Twister in a generator's state, 8 bytes each of which 4 are used."""
 
 
 def check(model: nn.Module) -> None:
-    """Refuse a model in which one example touches another's gradient, naming the layer and the remedy.
+    """Refuse a layer through which one example touches another's gradient, naming it and the remedy.
 
-    Opacus looks at trainable layers of exact type only; statistics of frozen, non-affine or derived batch norms
-    leave the client as well, so every batch norm is refused here.
+    Opacus looks at trainable layers of exact type only; statistics of frozen, non-affine or derived norms
+    leave the client as well, so every batch norm, and every norm that tracks statistics, is refused here.
     """
     for name, module in model.named_modules():
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, _BatchNorm) or getattr(module, "track_running_stats", False):
             raise Refused(
                 f"layer {name!r} ({type(module).__name__}) mixes the examples of a batch, so example-level DP cannot "
                 "hold: use nn.GroupNorm in its place, or privacy.unit=none"
@@ -39,10 +42,39 @@ def check(model: nn.Module) -> None:
         raise Refused(f"the model does not allow example-level DP: {str(errors[0]).splitlines()[0]}")
 
 
+def check_apart(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> None:
+    """Refuse a model or loss that mixes examples where no layer shows it, as `x - x.mean(0)` or class weights do.
+
+    x: (N, ...), y: (N,), not a client's. The loss of all must be the mean of each one's: then one example's gradient is
+    its own, and clipping it bounds what it can change. Weights are drawn for it: zeros would hide a mixture.
+    """
+    twin, generator = copy.deepcopy(model).eval(), torch.Generator().manual_seed(0)
+    some = torch.randperm(len(y), generator=generator)[:32]
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+        together = float(loss(twin(x[some]), y[some]))
+        alone = sum(float(loss(twin(x[i : i + 1]), y[i : i + 1])) for i in some.tolist()) / max(1, len(some))
+    if abs(together - alone) > 1e-3 * max(1.0, abs(alone)):
+        raise Refused(
+            f"the model or its loss mixes the examples of a batch (the loss of {len(some)} is {together:.4g}, the mean "
+            f"of their losses {alone:.4g}), so example-level DP cannot hold: make the loss a plain mean (no class "
+            "weights) and the model's output for an example independent of the others, or set privacy.unit=none"
+        )
+
+
 def noise_generator(seed: int | None) -> torch.Generator:
-    """A generator seeded by the operating system's entropy; by `seed` only where no guarantee is claimed."""
+    """A generator whose whole state is the operating system's entropy; of `seed` only where no guarantee is claimed.
+
+    torch's manual_seed keeps 32 bits of a seed, few enough to try them all and take the noise away.
+    """
     generator = torch.Generator()
-    generator.manual_seed(int.from_bytes(os.urandom(8), "big") if seed is None else seed)
+    if seed is not None:
+        return generator.manual_seed(seed)
+    state = generator.get_state()
+    entropy = torch.frombuffer(bytearray(os.urandom(4 * _WORDS)), dtype=torch.uint8)
+    state[_HEAD : _HEAD + 8 * _WORDS].view(_WORDS, 8)[:, :4] = entropy.view(_WORDS, 4)
+    generator.set_state(state)
     return generator
 
 
@@ -51,6 +83,8 @@ class PrivateGradient:
 
     Opacus' own classes do the work; its PrivacyEngine is not used because it derives the sampling rate and the
     expected batch from the loader's length (rate 1/ceil(n/B), batch 0 for n=49, B=1), and both must be the plan's.
+    Buffers keep their values, as what a layer remembers of its inputs is not noised. An example whose gradient is not
+    finite counts as zero where it is not: a sum that it could turn to NaN would tell of it.
     """
 
     def __init__(
@@ -64,10 +98,11 @@ class PrivateGradient:
         self._model, self._loss, self._mechanism, self._generator = model, loss, mechanism, generator
         self._clip = clip
         self._wrapped = GradSampleModule(model)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        self._chunk = max(1, _FLOATS_AT_ONCE // sum(p.numel() for p in parameters))
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._buffers = [buffer.clone() for buffer in model.buffers()]
+        self._chunk = max(1, _FLOATS_AT_ONCE // sum(p.numel() for p in self._parameters))
         self._optimizer = DPOptimizer(
-            torch.optim.SGD(parameters, lr=0.0),  # the caller steps; Opacus clips, sums, adds noise and scales
+            torch.optim.SGD(self._parameters, lr=0.0),  # the caller steps; Opacus clips, sums, adds noise and scales
             noise_multiplier=mechanism.noise_multiplier,
             max_grad_norm=clip,
             expected_batch_size=1,
@@ -96,6 +131,11 @@ class PrivateGradient:
                 self._optimizer.zero_grad()
                 part = slice(start, start + self._chunk)
                 torch.autograd.backward(self._loss(self._wrapped(x[part]), y[part]))
+                for parameter in self._parameters:
+                    if isinstance(sample := getattr(parameter, "grad_sample", None), Tensor):
+                        torch.nan_to_num_(sample, nan=0.0, posinf=0.0, neginf=0.0)
+                for buffer, before in zip(self._model.buffers(), self._buffers, strict=True):
+                    buffer.copy_(before)
                 self._optimizer.pre_step()
 
     def close(self) -> None:

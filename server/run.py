@@ -102,6 +102,8 @@ def prepare(
         roster = fleet.hello()
         _enough(roster, settings)
         score = scorer(node, fleet, sorted(roster))
+        if settings.privacy.unit == "example":
+            dp_sgd.check_apart(node.template, scenario.loss, *node.federation.validation)
         held = {"validation": node.federation.validation, "test": node.federation.test}
         server_data = {name: digest(folder.states, part) for name, part in held.items() if part is not None}
         if start is None:
@@ -127,10 +129,6 @@ def check(scenario: Scenario, settings: Settings) -> None:
     model = build_model(scenario, settings)
     if settings.privacy.unit == "example":
         dp_sgd.check(model)
-    if settings.rounds.average > settings.rounds.number:
-        raise Refused(
-            f"rounds.average={settings.rounds.average} is more than rounds.number={settings.rounds.number}: lower it"
-        )
 
 
 def _enough(roster: Mapping[str, Hello], settings: Settings) -> None:

@@ -1,15 +1,17 @@
 """DP-SGD by Opacus: clipping, noise and sampling are what the mechanism says; what it cannot protect is refused."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from privacy.dp_sgd import PrivateGradient, check, noise_generator
+from privacy.dp_sgd import PrivateGradient, check, check_apart, noise_generator
 from privacy.plan import Mechanism
 from privacy.refused import Refused
 
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 LOSS = nn.functional.cross_entropy
 
 
@@ -137,6 +139,97 @@ class DerivedNorm(nn.BatchNorm1d):
 def test_every_kind_of_batch_norm_is_refused_with_the_remedy(layer: nn.Module) -> None:
     with pytest.raises(Refused, match="GroupNorm"):
         check(nn.Sequential(nn.Linear(6, 5), layer, nn.Linear(5, 3)))
+
+
+def test_a_norm_that_tracks_statistics_is_refused() -> None:
+    with pytest.raises(Refused, match="InstanceNorm1d"):
+        check(nn.Sequential(nn.InstanceNorm1d(2, track_running_stats=True), nn.Flatten(), nn.Linear(6, 3)))
+
+
+class Centred(nn.Module):
+    """No layer shows that examples meet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        nn.init.zeros_(self.linear.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.linear(x - x.mean(0))
+        return out
+
+
+WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 1.0, 5.0]))
+SUMMED = nn.CrossEntropyLoss(reduction="sum")
+
+
+@pytest.mark.parametrize(("model", "loss"), [(Centred, LOSS), (small_model, WEIGHTED), (small_model, SUMMED)])
+def test_a_model_or_loss_in_which_examples_meet_is_refused(model: Callable[[], nn.Module], loss: Loss) -> None:
+    with pytest.raises(Refused, match="mixes the examples"):
+        check_apart(model(), loss, *batch(40))
+
+
+@pytest.mark.parametrize("model", [small_model, lambda: nn.Sequential(nn.Linear(6, 5), nn.Dropout(), nn.Linear(5, 3))])
+def test_a_model_and_loss_that_keep_examples_apart_are_allowed(model: Callable[[], nn.Module]) -> None:
+    built = model()
+    before = [parameter.clone() for parameter in built.parameters()]
+    check_apart(built, LOSS, *batch(40))
+    assert all(torch.equal(old, new) for old, new in zip(before, built.parameters(), strict=True))
+    check_apart(built, LOSS, *batch(0))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+def test_an_example_that_is_not_finite_moves_the_sum_by_at_most_the_clipping_norm(value: float) -> None:
+    x, y = batch(23)
+    x[-1, 2] = value
+    more = one_step(Mechanism(1.0, 0.0), 0.3, x, y) * 23
+    less = one_step(Mechanism(1.0, 0.0), 0.3, x[:-1], y[:-1]) * 22
+    assert float((more - less).norm()) <= 0.3 * (1 + 1e-4)
+
+
+class Remembers(nn.Module):
+    """Adds what it saw last to what it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.last: torch.Tensor
+        self.register_buffer("last", torch.zeros(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.linear(x + self.last)
+        self.last = x.detach().sum(0)
+        return out
+
+
+def test_what_a_layer_remembers_of_its_inputs_reaches_neither_the_next_step_nor_the_update() -> None:
+    model = Remembers()
+    private = PrivateGradient(model, LOSS, Mechanism(1.0, 0.0), 1e6, noise_generator(1))
+    private.batches(10, 2)
+    private.step(*batch(10))
+    first = gradient(model).clone()
+    private.step(*batch(10))
+    assert torch.equal(gradient(model), first)
+    assert not model.last.any()
+
+
+def words(generator: torch.Generator) -> list[int]:
+    return generator.get_state()[24 : 24 + 624 * 8].view(torch.int64).tolist()
+
+
+@pytest.mark.parametrize(("seed", "follows"), [(5, True), (2**62 + 5, True), (None, False)])
+def test_the_noise_of_a_real_run_does_not_follow_from_32_bits(seed: int | None, follows: bool) -> None:
+    # Matsumoto's initialization makes every word of the state from the one before, and the first is the seed's 32 bits
+    first, second, *_ = found = words(noise_generator(seed))
+    assert (second == (1812433253 * (first ^ first >> 30) + 1) % 2**32) is follows
+    assert all(0 <= word < 2**32 for word in found)
+
+
+def test_the_noise_of_a_real_run_is_normal() -> None:
+    draws = torch.randn(200_000, generator=noise_generator(None), dtype=torch.float64)
+    assert abs(float(draws.mean())) < 5 / math.sqrt(len(draws))
+    assert abs(float(draws.std()) - 1) < 5 / math.sqrt(2 * len(draws))
+    assert float((draws.abs() < 1).double().mean()) == pytest.approx(0.6827, abs=0.006)
 
 
 def test_group_norm_is_allowed() -> None:

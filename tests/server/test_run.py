@@ -122,6 +122,12 @@ def test_a_later_export_recovers_with_what_is_left_of_the_budget(tmp_path: Path)
     assert len((tmp_path / "run/rounds.jsonl").read_text().splitlines()) == 4
 
 
+def test_a_run_of_fewer_rounds_than_are_averaged_averages_them_all(tmp_path: Path) -> None:
+    text = "rounds.number=1 export.prune=0 rounds.average={}"
+    many = run(tmp_path / "many", made_scenario(federation_of()), text.format(4))
+    assert many["final"] == run(tmp_path / "one", made_scenario(federation_of()), text.format(1))["final"]
+
+
 def test_a_model_with_nothing_to_prune_ships_unpruned_and_says_why(tmp_path: Path) -> None:
     found = run(tmp_path / "run", made_scenario(federation_of(), lambda: nn.Linear(6, 2)))
     missing = [variant for variant in found["edge"]["variants"] if variant["name"].startswith("pruned")]
@@ -150,7 +156,6 @@ def test_references_are_measured_or_say_why_not(tmp_path: Path) -> None:
         ("server.step=lion", "server.step"),
         ("fleet.profile=nowhere", "fleet profile"),
         ("model=big", "no model"),
-        ("rounds.average=4", "rounds.average"),
         ("rounds.minimum=3", "rounds.minimum"),
         ("privacy.epsilon=0.001", "smallest epsilon"),
     ],
@@ -170,6 +175,15 @@ def test_batch_norm_is_refused_under_dp_and_federated_without(tmp_path: Path) ->
         run(tmp_path / "run", made_scenario(federation_of(), model))
     found = run(tmp_path / "run", made_scenario(federation_of(), model), "privacy.unit=none")
     assert found["final"]["accuracy"] > 0.5
+
+
+def test_a_loss_with_class_weights_is_refused_under_dp_and_federated_without(tmp_path: Path) -> None:
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0]))
+    scenario = replace(made_scenario(federation_of()), loss=loss)
+    with pytest.raises(Refused, match="mixes the examples"):
+        run(tmp_path / "run", scenario)
+    assert not (tmp_path / "run").exists()
+    assert run(tmp_path / "run", scenario, "privacy.unit=none")["final"]["accuracy"] > 0.5
 
 
 def test_the_refusal_names_the_most_rounds_that_the_budget_allows(tmp_path: Path) -> None:
