@@ -77,6 +77,8 @@ def answer(node: Node, task: Task) -> Reply:
 
 def _train(node: Node, task: Task) -> Reply:
     settings = node.settings
+    if settings.privacy.unit == "example" and (task.mechanism is None or task.clip != settings.privacy.clip):
+        raise Refused("the task is without the differential privacy that this node's settings ask for")
     examples = node.federation.client(task.client)
     model = _model(node, task)
     with torch.random.fork_rng(devices=[]):

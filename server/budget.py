@@ -46,6 +46,6 @@ def _unreachable(roster: Mapping[str, Hello], settings: Settings, total: int) ->
     recovery = f" ({settings.export.recover_rounds} of them recovery)" if settings.export.recover_rounds else ""
     return (
         f"privacy.epsilon={wanted.epsilon:g} cannot be reached in {total} rounds{recovery} with "
-        f"privacy.max_noise={wanted.max_noise:g} (client {culprit} has {roster[culprit].examples} examples): "
+        f"privacy.max_noise={wanted.max_noise:g} ({culprit} has {roster[culprit].examples} examples): "
         f"the smallest epsilon for these rounds is {least:.4g}, the most rounds for this epsilon are {rounds}"
     )

@@ -77,8 +77,8 @@ def ship(
     return {
         "accuracy": chosen.accuracy if chosen else None,
         "recovery": recovery,
-        "rule": f"of the variants that lose at most {node.settings.export.tolerance:.1%} of the unpruned fp32 model's "
-        "validation accuracy the fastest, and of those as fast within measurement noise the smallest file",
+        "rule": f"of the variants that lose at most {node.settings.export.tolerance * 100:.1f} % of the unpruned fp32 "
+        "model's validation accuracy the fastest, and of those as fast within measurement noise the smallest file",
         "variants": [asdict(variant) for variant in variants],
     }
 

@@ -60,7 +60,7 @@ def collect(
             "reason": None if final.accuracy is not None else "no client evaluated the final weights",
         },
         "reference": {key: value for key, value in compared.items() if key != "seconds"},
-        "privacy": _privacy(node, state, roster, plans),
+        "privacy": _privacy(node, state, roster, plans, compared),
         "bytes": {key: sum(row[f"bytes_{key}"] for row in rows) for key in ("up", "down")},
         "fleet": {
             "profile": settings.fleet.profile,
@@ -84,7 +84,13 @@ def collect(
     }
 
 
-def _privacy(node: Node, state: ServerState, roster: Mapping[str, Hello], plans: Mapping[str, Plan]) -> dict[str, Any]:
+def _privacy(
+    node: Node,
+    state: ServerState,
+    roster: Mapping[str, Hello],
+    plans: Mapping[str, Plan],
+    compared: Mapping[str, Any],
+) -> dict[str, Any]:
     wanted = node.settings.privacy
     why_not = None
     if wanted.unit == "none":
@@ -123,7 +129,7 @@ def _privacy(node: Node, state: ServerState, roster: Mapping[str, Hello], plans:
         "clients": clients,
         "worst_epsilon": max(epsilons, default=None),
         "median_epsilon": statistics.median(epsilons) if epsilons else None,
-        "not_covered": _not_covered(node) if plans else [],
+        "not_covered": _not_covered(node, compared) if plans else [],
     }
 
 
@@ -131,10 +137,12 @@ def _delta_rule(delta: float | None) -> str:
     return "1 / (10 x the client's examples)" if delta is None else f"{delta:g} for every client"
 
 
-def _not_covered(node: Node) -> list[str]:
+def _not_covered(node: Node, compared: Mapping[str, Any]) -> list[str]:
     texts = list(_NOT_COVERED)
     if node.settings.evaluation.on == "clients":
         texts.insert(0, "test accuracy and loss that the clients computed, released without noise")
+    if any(value is not None for name, value in compared.items() if name.endswith("accuracy")):
+        texts.append("the accuracies of the reference runs, which train on the clients' data without privacy")
     return texts
 
 

@@ -132,6 +132,14 @@ def test_a_failure_is_a_reply_that_quotes_no_data(tmp_path: Path) -> None:
     assert reply.payload == b""
 
 
+def test_a_node_whose_settings_ask_for_dp_trains_no_task_without_it(tmp_path: Path) -> None:
+    node = made_node(tmp_path, override(Settings(), "privacy.unit=example privacy.clip=0.5"))
+    private = made_task(node, mechanism=Mechanism(1.0, 1.0), clip=0.5)
+    assert answer(node, private).reason == ""
+    assert "differential privacy" in answer(node, replace(private, mechanism=None)).reason
+    assert "differential privacy" in answer(node, replace(private, clip=50.0)).reason
+
+
 def test_an_update_that_is_not_finite_is_refused_at_the_client(tmp_path: Path) -> None:
     node = made_node(tmp_path)
     reply = answer(node, made_task(node, rate=3e38, steps=99))
