@@ -135,9 +135,10 @@ def _key(groups: Sequence[Group]) -> Table:
 
 
 def _table(groups: Sequence[Group]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), header_style="dim", pad_edge=False)
     for name in ("", "runs", *COLUMNS):
-        table.add_column(name.replace(" ", "\n"), justify="right" if name else "left", no_wrap=True, vertical="bottom")
+        title = name.replace(" ", "\n")
+        table.add_column(title, justify="right" if name else "left", overflow="fold", vertical="bottom")
     for number, group in enumerate(groups, 1):
         cells = [cell(group.spread(of), text) for of, text in COLUMNS.values()]
         table.add_row(Text(str(number), style="bold"), str(len(group.runs)), *cells)
