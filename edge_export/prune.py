@@ -39,6 +39,8 @@ def prune(model: nn.Module, example_x: Tensor, share: float) -> tuple[nn.Module,
     """
     if not 0 < share < 1:
         raise Refused(f"a share of {share} channels cannot be pruned: set export.prune above 0 and below 1")
+    if len([*model.named_parameters(remove_duplicate=False)]) > len([*model.parameters()]):
+        raise Refused("layers of the model share parameters, which pruning would part: set export.prune=0")
     small = copy.deepcopy(model).eval().requires_grad_(True)  # the dependencies are found by tracing gradients
     with torch.no_grad():
         expected = tuple(small(example_x).shape)

@@ -136,3 +136,18 @@ def test_a_model_that_cannot_be_pruned_is_refused_in_one_line_and_left_alone():
         prune(model, x, 0.5)
     assert "\n" not in str(refused.value)
     assert weights.flatten(model).tobytes() == before.tobytes()
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.last(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+def test_layers_that_share_parameters_are_not_parted():
+    with pytest.raises(Refused, match="share parameters"):
+        prune(Tied(), torch.zeros(1, 6), 0.5)
