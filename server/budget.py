@@ -11,7 +11,7 @@ from server.select import local_steps, sampling_rate
 
 
 def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
-    """The plan of every client under privacy.unit=example; empty without DP.
+    """The plan of every client that has examples under privacy.unit=example; empty without DP.
 
     Raises Refused when a client would need more noise than privacy.max_noise, with the smallest epsilon for these
     rounds and the most rounds for this epsilon.
@@ -21,7 +21,7 @@ def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
         return {}
     total = settings.rounds.number + settings.export.recover_rounds
     made = {}
-    for name, client in sorted(roster.items()):
+    for name, client in _holders(roster):
         rate = sampling_rate(settings.local, client.examples)
         steps = total * local_steps(settings.local, client.examples, True)
         delta = wanted.delta or accounting.default_delta(client.examples)
@@ -35,7 +35,7 @@ def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
 def _unreachable(roster: Mapping[str, Hello], settings: Settings, total: int) -> str:
     wanted = settings.privacy
     least, rounds, culprit = 0.0, total, ""
-    for name, client in sorted(roster.items()):
+    for name, client in _holders(roster):
         mechanism = Mechanism(sampling_rate(settings.local, client.examples), wanted.max_noise)
         steps = local_steps(settings.local, client.examples, True)
         delta = wanted.delta or accounting.default_delta(client.examples)
@@ -49,3 +49,8 @@ def _unreachable(roster: Mapping[str, Hello], settings: Settings, total: int) ->
         f"privacy.max_noise={wanted.max_noise:g} ({culprit} has {roster[culprit].examples} examples): "
         f"the smallest epsilon for these rounds is {least:.4g}, the most rounds for this epsilon are {rounds}"
     )
+
+
+def _holders(roster: Mapping[str, Hello]) -> list[tuple[str, Hello]]:
+    """Who has examples, in name order; nobody else is ever asked."""
+    return [(name, client) for name, client in sorted(roster.items()) if client.examples]

@@ -105,12 +105,11 @@ def export(
             if value != old[knob] and not knob.startswith(("export.", "run.data")):
                 raise Refused(f"umbel export changes export.* alone, not {knob}: start a new run for that")
         with launch.prepared_job(load(name), settings, folder, stop, quiet) as prepared:
+            folder.write_settings(name, settings)  # before: `umbel resume` goes on with an export that is cut off
             try:
                 job.export(prepared)
-            except job.Stopped:
-                again = f"`umbel export {run_folder}` exports again with what is left of the budget"
-                raise launch.Stop(f"stopped: {again}") from None
-        folder.write_settings(name, settings)
+            except job.Stopped as reason:
+                raise launch.Stop(str(reason)) from None
     launch.show(run_folder, quiet)
 
 
@@ -239,13 +238,13 @@ def main() -> None:
         code = _fail(f"{error.format_message()} (see `{where} --help`)", 2)
     except (click.Abort, KeyboardInterrupt):
         code = _fail("interrupted in the middle of a round: `umbel resume RUN` goes on from the last committed one", 3)
-    except RuntimeError as error:
-        if os.environ.get("UMBEL_TRACEBACK"):
-            raise
-        code = _fail(f"{error} (UMBEL_TRACEBACK=1 shows where)", 1)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except (RuntimeError, OSError) as error:  # a full disk, for one: what was committed stays
+        if os.environ.get("UMBEL_TRACEBACK"):
+            raise
+        code = _fail(f"{error} (UMBEL_TRACEBACK=1 shows where)", 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -85,11 +85,16 @@ class RunFolder:
         self._ledger.reserve(number, steps)
 
     def unanswered(self, committed: int) -> Counter[str]:
-        """Steps by client of rounds that were begun after the last committed one."""
+        """Steps by client of rounds that were begun after the last committed one. Raises Refused as the ledger does."""
         return self._ledger.unanswered(committed)
 
     def commit(self, state: ServerState, row: Row) -> None:
         """Make the round durable (Journal): the checkpoint replaces the old one, then the row joins rounds.jsonl."""
+        self.checkpoint(state, row)
+        self._append(row)
+
+    def checkpoint(self, state: ServerState, row: Row) -> None:
+        """Replace the committed state by `state`, whose last round is `row`."""
         tensors: dict[str, NDArray[Any]] = {f"step/{name}": value for name, value in state.step.items()}
         tensors["weights"] = state.weights
         if state.average is not None:
@@ -107,7 +112,6 @@ class RunFolder:
         write_atomic(
             self.path / "checkpoint.safetensors", save(tensors, {"format": _FORMAT, "state": json.dumps(rest)})
         )
-        self._append(row)
 
     def committed(self) -> ServerState | None:
         """The last committed state; None before the first round. Brings rounds.jsonl in line with it.
@@ -116,6 +120,8 @@ class RunFolder:
         """
         path = self.path / "checkpoint.safetensors"
         if not path.exists():
+            if self.rows(torn_tail=True):
+                raise Refused(f"{path} is missing, but rounds were committed: the run cannot go on without it")
             write_atomic(self.path / "rounds.jsonl", b"")
             return None
         try:
@@ -177,7 +183,10 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def _hold(self) -> int:
-        lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise Refused(f"{self.path} cannot be written to ({error.strerror}): is it yours?") from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

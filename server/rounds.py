@@ -110,7 +110,7 @@ def worst_epsilon(state: ServerState, plans: Mapping[str, Plan]) -> float | None
 def _task(
     state: ServerState, plans: Mapping[str, Plan], settings: Settings, number: int, name: str, steps: int
 ) -> Task:
-    plan = plans.get(name)
+    plan = plans[name] if plans else None  # under DP there is no task without a plan
     return Task(
         kind="train",
         round=number,

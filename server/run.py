@@ -13,7 +13,7 @@ from privacy import dp_sgd
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios import Scenario, build_model
-from scenarios.settings import Settings
+from scenarios.settings import Settings, knobs
 from scenarios.weights import Vector, layout, unflatten
 from server import budget, combine, edge, facts, report, select, step
 from server.record import RunFolder, save_named
@@ -72,12 +72,19 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def export(job: Job) -> dict[str, Any]:
-    """Prune, recover and ship a finished run's weights again, with what is left of its budget; returns report.json."""
+    """Prune, recover and ship a finished run's weights again, with what is left of its budget; returns report.json.
+
+    From here to its end the run is unfinished again, and `run` goes on with it: a report that stayed would claim less
+    than the recovery rounds of an export that is cut off have spent.
+    """
     state, compared = job.committed, job.folder.read_json("references.json")
     if state is None or compared is None:
         raise Refused(f"{job.folder.path} has not come to its export: `umbel resume {job.folder.path}` goes on with it")
-    state = _with_lost_rounds(job, state)
-    return _ship(job, replace(state, phase="train", until=state.round), compared)
+    state = replace(state, phase="train", until=state.round)
+    job.folder.checkpoint(state, job.folder.rows()[-1])
+    for name in ("report.html", "report.json"):
+        (job.folder.path / name).unlink(missing_ok=True)
+    return _ship(job, _with_lost_rounds(job, state), compared)
 
 
 def prepare(
@@ -94,6 +101,10 @@ def prepare(
     stop: asked after every round. Raises Refused for what cannot work; a new run then leaves nothing behind.
     """
     start, committed = folder.read_json("start.json"), folder.committed()
+    if start is None and committed is not None:
+        raise Refused(f"{folder.path / 'start.json'} is missing: what the run began with cannot be known")
+    if start is not None:
+        _same_settings(start, settings)
     try:
         check(scenario, settings)
         node = Node(scenario, settings, scenario.data(settings), folder.states)
@@ -109,10 +120,12 @@ def prepare(
         if start is None:
             progress.status("calibrating noise")
             plans = budget.plans(roster, settings)
-            _write_start(folder, roster, plans, server_data)
+            _write_start(folder, roster, plans, server_data, settings)
         else:
             plans = _read_plans(start)
             _same_data(start, roster, server_data)
+            roster = {name: roster[name] for name in sorted(start["clients"])}  # who came later has no plan
+            _has_ledger(folder, plans, committed)
     except Refused:
         if start is None:
             folder.discard()
@@ -183,7 +196,12 @@ def _recover(job: Job, state: ServerState, final: Vector) -> tuple[ServerState |
             return None, str(reason)
     if not paid:
         return state, "pruned without recovery: no privacy budget is left"
-    return _federate(job, state), f"pruned, then {wanted} federated rounds under the same privacy account"
+    if not wanted:
+        return state, "pruned without recovery: export.recover_rounds is 0"
+    state, first = _federate(job, state), state.until - wanted
+    done = sum(row["applied"] for row in job.folder.rows() if row["round"] > first)
+    count = f"{done} federated rounds" if done == wanted else f"{done} of {wanted} federated rounds"
+    return state, f"pruned, then {count} under the same privacy account"
 
 
 def _with_lost_rounds(job: Job, state: ServerState) -> ServerState:
@@ -203,7 +221,11 @@ def _save_weights(job: Job, state: ServerState) -> None:
 
 
 def _write_start(
-    folder: RunFolder, roster: Mapping[str, Hello], plans: Mapping[str, Plan], server_data: Mapping[str, str]
+    folder: RunFolder,
+    roster: Mapping[str, Hello],
+    plans: Mapping[str, Plan],
+    server_data: Mapping[str, str],
+    settings: Settings,
 ) -> None:
     clients = {name: asdict(hello) for name, hello in roster.items()}
     folder.write_json(
@@ -212,8 +234,27 @@ def _write_start(
             "clients": clients,
             "plans": {name: asdict(plan) for name, plan in plans.items()},
             "server_data": dict(server_data),
+            "settings": _fixed(settings),
         },
     )
+
+
+def _fixed(settings: Settings) -> dict[str, Any]:
+    """The settings that a run keeps from its first round to its last: the plans and the account rest on them."""
+    values = {name: value for name, value, _ in knobs(settings) if not name.startswith(("run.", "export."))}
+    return {"run.seed": settings.run.seed, **values}
+
+
+def _same_settings(start: Mapping[str, Any], settings: Settings) -> None:
+    for name, value in _fixed(settings).items():
+        if (before := start["settings"].get(name, value)) != value:
+            raise Refused(f"{name} was {before} when the run began, settings.toml says {value}: start a new run")
+
+
+def _has_ledger(folder: RunFolder, plans: Mapping[str, Plan], committed: ServerState | None) -> None:
+    spent = committed is not None and any(client.steps for client in committed.clients.values())
+    if plans and spent and not (folder.path / "ledger.jsonl").exists():
+        raise Refused(f"{folder.path / 'ledger.jsonl'} is missing: what was spent cannot be known")
 
 
 def _read_plans(start: Mapping[str, Any]) -> dict[str, Plan]:

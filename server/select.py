@@ -20,7 +20,7 @@ class Cohort:
     steps: dict[str, int] = field(default_factory=dict)
     """Clients to ask, in name order -> local steps."""
     skipped: list[dict[str, str]] = field(default_factory=list)
-    """{name, reason}: offline, memory or budget."""
+    """{name, reason}: no examples, offline, memory or budget."""
     late: list[str] = field(default_factory=list)
     """Cannot do a single step before the deadline, so they are not even asked."""
     seconds: float = 0.0
@@ -66,6 +66,9 @@ def cohort(
     simulated = fleet.clock == "simulated"
     for name in (names[i] for i in drawn):
         device, examples = roster[name].device, roster[name].examples
+        if not examples:
+            chosen.skipped.append({"name": name, "reason": "no examples"})
+            continue
         steps = local_steps(settings.local, examples, bool(plans))
         batch = min(settings.local.batch or examples, examples)
         memory = traffic[0] * (4 + (batch if plans else 0))  # weights, gradient, update, start; a gradient an example

@@ -125,3 +125,23 @@ def test_a_run_that_another_process_holds_is_refused(tmp_path: Path) -> None:
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def test_a_full_disk_ends_the_run_in_one_line_and_resume_ends_it_with_the_same_bits(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    limit = 60_000  # bytes a file: the checkpoint outgrows them in round 3, when the average joins it
+    words = ["umbel", "run", "digits", "--out", str(run), "--set", SEEDED, "--quiet"]
+    code = (
+        f"import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); "
+        f"sys.argv = {words!r}; runpy.run_module('server.cli', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+    assert len(rounds_of(run)) == 2
+    umbel("resume", str(run), "--quiet")
+    assert (run / "weights.safetensors").read_bytes() == (undisturbed / "weights.safetensors").read_bytes()
+    assert rounds_of(run) == rounds_of(undisturbed)

@@ -153,3 +153,11 @@ def test_a_run_is_held_by_one_at_a_time(tmp_path: Path) -> None:
 def test_a_folder_without_settings_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="no run folder"):
         RunFolder.open(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()  # stands for a folder of someone else's, which root could write to all the same
+    (tmp_path / "settings.toml").touch()
+    with pytest.raises(Refused, match="cannot be written to") as caught:
+        RunFolder.open(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -1,7 +1,7 @@
 """The main job in this process: clients that evaluate, data that changed, exports that come later."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from clients.task import Reply, Task
 from clients.training import Node
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario
@@ -126,6 +127,123 @@ def test_a_run_of_fewer_rounds_than_are_averaged_averages_them_all(tmp_path: Pat
     text = "rounds.number=1 export.prune=0 rounds.average={}"
     many = run(tmp_path / "many", made_scenario(federation_of()), text.format(4))
     assert many["final"] == run(tmp_path / "one", made_scenario(federation_of()), text.format(1))["final"]
+
+
+class Dies(EmbeddedFleet):
+    """A fleet that is gone in the middle of a round, as SIGKILL leaves it: tasks went out, nothing came back."""
+
+    at = 5
+
+    def ask(self, tasks: Sequence[Task]) -> Iterator[Reply]:
+        if tasks[0].kind == "train" and tasks[0].round == self.at:
+            raise KeyboardInterrupt
+        return super().ask(tasks)
+
+
+ROOM = "export.prune=0 export.recover_rounds=3 local.batch=10 privacy.noise_seed="  # three rounds paid for and not used
+
+
+def test_an_export_that_is_cut_off_leaves_no_report_of_less_than_was_spent_and_resume_ends_it(tmp_path: Path) -> None:
+    scenario, path = made_scenario(federation_of()), tmp_path / "run"
+    assert [client["steps"] for client in run(path, scenario, ROOM)["privacy"]["clients"]] == [9, 9]
+    wanted = ROOM.replace("prune=0", "prune=0.5")
+    settings = override(scenario.settings, wanted)
+    with RunFolder.open(path) as folder, pytest.raises(KeyboardInterrupt):
+        job.export(job.prepare(scenario, settings, folder, Dies, Quiet()))  # one round committed, one begun
+    assert not (path / "report.json").exists()
+    assert not (path / "report.html").exists()
+    found = run(path, scenario, wanted, again=True)
+    assert [client["steps"] for client in found["privacy"]["clients"]] == [18, 18]
+    assert found["edge"]["recovery"].startswith("pruned, then 2 of 3 federated rounds")
+    assert found["privacy"]["worst_epsilon"] <= 20
+    rows = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
+    assert [entry["reason"].split(":")[0] for entry in rows[-1]["skipped"]] == ["budget", "budget"]
+
+
+def test_an_export_that_is_cut_off_before_its_first_round_prunes_anew(tmp_path: Path) -> None:
+    scenario, path = made_scenario(federation_of()), tmp_path / "run"
+    text = "privacy.unit=none export.prune={}"
+    run(path, scenario, text.format(0.25))
+    settings = override(scenario.settings, text.format(0.75))
+    with RunFolder.open(path) as folder, pytest.raises(KeyboardInterrupt):
+        job.export(job.prepare(scenario, settings, folder, Dies, Quiet()))
+    found = run(path, scenario, text.format(0.75), again=True)
+    fresh = run(tmp_path / "fresh", scenario, text.format(0.75))
+    sizes = [[v["bytes"] for v in each["edge"]["variants"] if "fp32" in v["name"]] for each in (found, fresh)]
+    assert sizes[0] == sizes[1]
+
+
+def test_a_second_recovery_begins_without_what_clients_held_back_in_the_first(tmp_path: Path) -> None:
+    asked: list[Task] = []
+
+    class Heard(EmbeddedFleet):
+        def ask(self, tasks: Sequence[Task]) -> Iterator[Reply]:
+            asked.extend(task for task in tasks if task.kind == "train")
+            return super().ask(tasks)
+
+    scenario = made_scenario(federation_of())
+    settings = override(scenario.settings, "privacy.unit=none codec=topk:0.1 export.recover_rounds=2")
+    with RunFolder.create(tmp_path / "run", "made", settings) as folder:
+        job.run(job.prepare(scenario, settings, folder, Heard, Quiet()))
+        job.export(job.prepare(scenario, settings, folder, Heard, Quiet()))
+    found = {task.round: task.state_round for task in asked}
+    assert found == {1: 0, 2: 1, 3: 2, 4: 0, 5: 4, 6: 0, 7: 6}
+
+
+@pytest.mark.parametrize("name", ["start.json", "checkpoint.safetensors", "ledger.jsonl"])
+def test_a_run_folder_that_lost_a_file_is_refused_and_left_as_it_is(tmp_path: Path, name: str) -> None:
+    scenario, path = made_scenario(federation_of()), tmp_path / "run"
+    run(path, scenario)
+    (path / name).unlink()
+    before = {each: each.read_bytes() for each in path.rglob("*") if each.is_file()}
+    with pytest.raises(Refused, match=f"{name} is missing"):
+        run(path, scenario, again=True)
+    assert {each: each.read_bytes() for each in path.rglob("*") if each.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "text", ["privacy.noise_seed=", "privacy.unit=none", "privacy.epsilon=9", "local.batch=5", "run.seed=4"]
+)
+def test_a_run_goes_on_with_the_settings_it_began_with_alone(tmp_path: Path, text: str) -> None:
+    scenario = made_scenario(federation_of())
+    run(tmp_path / "run", scenario)
+    with pytest.raises(Refused, match=text.split("=")[0] + " was "):
+        run(tmp_path / "run", scenario, text, again=True)
+    assert run(tmp_path / "run", scenario, "export.tolerance=0.5 run.data=elsewhere", again=True)["status"] == "done"
+
+
+@pytest.mark.parametrize("text", ["", "local.batch=4", "local.steps=2", "privacy.unit=none local.steps=2"])
+def test_a_client_without_examples_is_skipped_by_name(tmp_path: Path, text: str) -> None:
+    none = Examples(torch.empty(0, 6), torch.empty(0, dtype=torch.int64))
+    federation = federation_of(lambda name: none if name == "a" else made_examples(ord(name)))
+    found = run(tmp_path / "run", made_scenario(federation), f"export.prune=0 {text}")
+    rows = [json.loads(line) for line in (tmp_path / "run/rounds.jsonl").read_text().splitlines()]
+    assert all(row["skipped"] == [{"name": "a", "reason": "no examples"}] and row["replies"] == 1 for row in rows)
+    assert [client["name"] for client in found["privacy"]["clients"]] == ([] if "none" in text else ["b"])
+
+
+def test_who_comes_after_the_run_began_has_no_plan_and_is_not_asked(tmp_path: Path) -> None:
+    text = "export.prune=0 export.recover_rounds=0"
+    scenario = made_scenario(federation_of())
+    with RunFolder.create(tmp_path / "run", "made", override(scenario.settings, text)) as folder:
+        job.prepare(scenario, override(scenario.settings, text), folder, EmbeddedFleet, Quiet())
+    more = replace(federation_of(), sizes={"a": 30, "aa": 30, "b": 30}, client=lambda name: made_examples(ord(name[0])))
+    found = run(tmp_path / "run", made_scenario(more), text, again=True)
+    assert [client["name"] for client in found["privacy"]["clients"]] == ["a", "b"]
+    assert all(
+        row["cohort"] == ["a", "b"] for row in map(json.loads, (tmp_path / "run/rounds.jsonl").read_text().splitlines())
+    )
+
+
+ODD = ["a/../../b", "\u202e<odd>", "x" * 300, "new\nline", "\x00", "日本"]
+
+
+def test_client_names_of_any_characters_stay_names(tmp_path: Path) -> None:
+    federation = replace(federation_of(), sizes=dict.fromkeys(ODD, 30), client=lambda name: made_examples(len(name)))
+    found = run(tmp_path / "run", made_scenario(federation), "codec=topk:0.5 export.prune=0")
+    assert [client["name"] for client in found["privacy"]["clients"]] == sorted(ODD)
+    assert "<odd>" not in (tmp_path / "run/report.html").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"run"}
 
 
 def test_a_model_with_nothing_to_prune_ships_unpruned_and_says_why(tmp_path: Path) -> None:
