@@ -84,6 +84,8 @@ def _train(node: Node, task: Task) -> Reply:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(settings.run.seed, "layers", task.round, task.client))
         steps = train(model, examples, node.scenario.loss, task, settings.local, settings)
+    if not steps:
+        return Reply(task.round, task.client, reason="the deadline came before its first step", late=True)
     update = flatten(model) - task.weights
     residual = _load_state(node.states, task)
     seed = derive(settings.run.seed, "codec", task.round, task.client)

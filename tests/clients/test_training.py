@@ -121,6 +121,12 @@ def test_a_deadline_that_comes_first_ends_training_early(tmp_path: Path) -> None
     assert 1 <= reply.steps < 10_000_000
 
 
+def test_a_deadline_before_the_first_step_makes_the_client_late(tmp_path: Path) -> None:
+    node = made_node(tmp_path)
+    reply = answer(node, made_task(node, deadline=1e-9))
+    assert (reply.late, reply.payload, reply.steps) == (True, b"", 0)
+
+
 def test_a_failure_is_a_reply_that_quotes_no_data(tmp_path: Path) -> None:
     node = made_node(tmp_path)
 
