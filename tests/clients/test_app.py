@@ -151,7 +151,12 @@ def test_client_state_outlives_the_process_and_belongs_to_one_run(tmp_path: Path
     state = tmp_path / "state"
 
     def folder(out: str, run: int) -> set[Path]:
-        told = context("digits", f"codec=topk:0.1 run.out={out} fleet.clients=3", client="client-0", state=str(state))
+        told = context(
+            "digits",
+            f"codec=topk:0.1 privacy.unit=none run.out={out} fleet.clients=3",
+            client="client-0",
+            state=str(state),
+        )
         told.run_id = run
         client_app._node.cache_clear()  # a new process
         before = set(state.rglob("1.npy"))
