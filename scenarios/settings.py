@@ -31,7 +31,9 @@ class Rounds(Section):
     number: int = Field(10, ge=1, description="federated rounds")
     fraction: float = Field(1.0, gt=0, le=1, description="share of the fleet that is asked each round")
     minimum: int = Field(1, ge=1, description="fewest good replies with which a round is applied")
-    average: int = Field(1, ge=1, description="how many last rounds are averaged into the final weights (all, where there are fewer)")
+    average: int = Field(
+        1, ge=1, description="how many last rounds are averaged into the final weights (all, where there are fewer)"
+    )
 
 
 class Local(Section):
