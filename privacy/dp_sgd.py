@@ -5,13 +5,15 @@ on the client's examples, add-or-remove-one adjacency, whoever sees the gradient
 """
 
 import copy
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 from opacus import GradSampleModule
-from opacus.accountants import RDPAccountant
+from opacus.accountants import PRVAccountant, RDPAccountant
+from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV
 from opacus.optimizers import DPOptimizer
 from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from opacus.validators import ModuleValidator
@@ -24,6 +26,7 @@ from privacy.refused import Refused
 _FLOATS_AT_ONCE = 1 << 26
 _HEAD, _WORDS = 24, 624
 """Where torch keeps the words of its Mersenne Twister in a generator's state, 8 bytes each of which 4 are used."""
+_PRV_POINTS = 1 << 23
 
 
 def check(model: nn.Module) -> None:
@@ -154,3 +157,27 @@ def epsilon_rdp(history: History, delta: float) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns when the best order is the largest it tries; the bound still holds
         return float(accountant.get_epsilon(delta))
+
+
+def epsilon_prv(history: History, delta: float) -> tuple[float, float] | None:
+    """Opacus' PRV accountant: epsilon lies between the two (Gopi, Lee and Wutschitz 2021, Theorem 5.5).
+
+    None where it gives no answer: its grid would not fit in memory, or its own checks fail.
+    """
+    accountant = PRVAccountant()
+    accountant.history = [(m.noise_multiplier, m.sampling_rate, count) for m, count in sorted(history.items()) if count]
+    if not accountant.history:
+        return 0.0, 0.0
+    delta_error, epsilon_error = delta / 1000, 0.01
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # logarithms of zero outside the support
+        try:
+            prvs = [PoissonSubsampledGaussianPRV(rate, noise) for noise, rate, _ in accountant.history]
+            counts = [count for _, _, count in accountant.history]
+            if accountant._get_domain(prvs, counts, epsilon_error, delta_error).size > _PRV_POINTS:
+                return None
+            composed = accountant._get_dprv(eps_error=epsilon_error, delta_error=delta_error)
+            low, _, high = composed.compute_epsilon(delta, delta_error, epsilon_error)
+        except (RuntimeError, ValueError, ArithmeticError, IndexError):
+            return None
+    return (max(0.0, float(low)), float(high)) if math.isfinite(low) and math.isfinite(high) else None

@@ -9,7 +9,7 @@ from typing import Any
 
 from clients.task import Hello
 from clients.training import Node
-from privacy import accounting, dp_sgd
+from privacy import accounting, certificate, dp_sgd
 from privacy.plan import Plan
 from scenarios.settings import knobs
 from server.state import Row, Score, ServerState, Spent
@@ -99,22 +99,31 @@ def _privacy(
         why_not = (
             "the noise is seeded (privacy.noise_seed) and can be computed and taken away by anyone who knows the seed"
         )
+    spent = {name: state.clients.get(name, Spent()) for name in plans}
+    accounts = [({plan.mechanism: spent[name].steps}, plan.delta) for name, plan in plans.items()]
     clients, epsilons = [], []
-    for name, plan in plans.items():
-        spent = state.clients.get(name, Spent())
-        history = {plan.mechanism: spent.steps}
-        epsilons.append(accounting.epsilon(history, plan.delta))
+    for (name, plan), account, certified in zip(
+        plans.items(), accounts, certificate.certify_all(accounts), strict=True
+    ):
+        if certified.contradicted:
+            why_not = why_not or (
+                f"two accountants contradict each other on client {name}: claimed {certified.epsilon:.6g}, "
+                f"at least {certified.low:.6g} by Opacus' PRV"
+            )
+        epsilons.append(certified.epsilon)
         clients.append(
             {
                 "name": name,
                 "examples": roster[name].examples,
-                "epsilon": epsilons[-1],
-                "epsilon_rdp": dp_sgd.epsilon_rdp(history, plan.delta),
+                "epsilon": certified.epsilon,
+                "epsilon_low": certified.low,
+                "epsilon_prv": certified.prv,
+                "epsilon_rdp": dp_sgd.epsilon_rdp(*account),
                 "delta": plan.delta,
                 "noise_multiplier": plan.mechanism.noise_multiplier,
                 "sampling_rate": plan.mechanism.sampling_rate,
-                "steps": spent.steps,
-                "rounds": spent.rounds,
+                "steps": spent[name].steps,
+                "rounds": spent[name].rounds,
             }
         )
     return {
@@ -122,7 +131,7 @@ def _privacy(
         "guarantee": why_not is None,
         "why_not": why_not,
         "epsilon": wanted.epsilon if plans else None,
-        "accountant": accounting.ACCOUNTANT if plans else None,
+        "accountant": certificate.ACCOUNTANT if plans else None,
         "adjacency": accounting.ADJACENCY if plans else None,
         "delta_rule": _delta_rule(wanted.delta) if plans else None,
         "clip": wanted.clip if plans else None,
