@@ -26,6 +26,7 @@ def may_join(histories: Sequence[History], deltas: Sequence[float], budgets: Seq
     """May each client's history become this one, its next round included, within its budget?
 
     The Renyi bound answers for all at once, a few microseconds a client; only whom it would refuse is asked exactly.
+    A caller with many mechanisms a client keeps `renyi.spent` and adds a round by `renyi.after`: see `renyi.bounds`.
     """
     quick = renyi.epsilons(histories, deltas)
     return [
@@ -57,7 +58,7 @@ def epsilon(history: History, delta: float) -> float:
     """
     if not 0 < delta < 1:
         raise Refused(f"delta must lie between 0 and 1, it is {delta:g}")
-    counts = merged(history)
+    counts = tuple(sorted((mechanism, count) for mechanism, count in history.items() if count > 0))
     if any(mechanism.noise_multiplier == 0 for mechanism, _ in counts):
         return math.inf
     return _epsilon(counts, delta) if counts else 0.0
@@ -65,8 +66,9 @@ def epsilon(history: History, delta: float) -> float:
 
 @lru_cache(maxsize=65_536)
 def _epsilon(counts: tuple[tuple[Mechanism, int], ...], delta: float) -> float:
-    if len(counts) == 1 and counts[0][0].sampling_rate == 1:
-        return gaussian(1 / counts[0][0].noise_multiplier, delta)
+    if all(mechanism.sampling_rate == 1 for mechanism, _ in counts):
+        ((one, _),) = merged(dict(counts))
+        return gaussian(1 / one.noise_multiplier, delta)
     bound = float(renyi.epsilons([dict(counts)], [delta])[0])
     exact = fourier.epsilon(counts, delta)
     return bound if exact is None else min(bound, exact)

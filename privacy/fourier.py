@@ -12,9 +12,9 @@ delta(e) = sum_j P(S = j) g(j) with g(j) = max(0, 1 - exp(e - jh)), which grows 
 
 mass of the window stands in w as it is; mass below it is moved up by a multiple of N, where g is no smaller; mass
 above it is at most P(S >= a + N) since g <= 1. The last term is at most exp(sum n_i K_i(t) - t h (a + N)) for every
-t > 0 (Chernoff), K_i being the logarithm of the moment generating function of step i's own mass function. The window is
-chosen such that this is at most `_TAIL` * delta, and that much is taken off delta. (The same at the lower end keeps the
-result tight; the bound does not need it.)
+t > 0 (Chernoff), K_i being the logarithm of the moment generating function of step i's own mass function. The least of
+these over `_TILTS` is taken off delta, so the result holds for any window; `_window` makes it at most `_TAIL` * delta,
+and the mass below as small, which keeps the result tight.
 
 **Rounding.** With unit roundoff u, a transform of mass at most 1 is off by at most eta = 4 u log2 N at any frequency,
 so a product of n factors by at most n eta times the product without one of them. By Parseval and Cauchy-Schwarz
@@ -54,7 +54,7 @@ class _Losses(NamedTuple):
 
 
 def epsilon(counts: Sequence[tuple[Mechanism, int]], delta: float) -> float | None:
-    """An upper bound on epsilon of `counts` (at least one, with noise; full batches merged); None if out of reach.
+    """An upper bound on epsilon of `counts` (at least one, all with noise); None if out of reach.
 
     Out of reach is a window of more than 2^20 points (an epsilon of thousands), or a delta that rounding swallows.
     """
@@ -78,12 +78,12 @@ def _one_direction(
 ) -> float | None:
     steps = [_one_step(m, interval)[direction] for m, _ in counts]
     times = [count for _, count in counts]
-    cumulants = sum(n * step.cumulants for n, step in zip(times, steps, strict=True))
-    edges = (cumulants - math.log(_TAIL * delta)) / _TILTS / interval
-    start, end = math.floor(edges[_TILTS < 0].max()), math.ceil(edges[_TILTS > 0].min())
-    size = 1 << max(10, (end - start).bit_length())
+    cumulants = np.array(times, dtype=np.float64) @ np.array([step.cumulants for step in steps])
+    start, size = _window(cumulants, _TAIL * delta, interval)
     if size > _LARGEST:
         return None
+    rising = _TILTS > 0
+    above = math.exp(min(0.0, float((cumulants - _TILTS * interval * (start + size))[rising].min())))
     total = np.zeros(size // 2 + 1, dtype=np.complex128)
     least = np.zeros(size // 2 + 1)
     for mechanism, n in counts:
@@ -94,8 +94,15 @@ def _one_direction(
     one_less = np.exp(total.real - least)
     rounding = 4 * 2.0**-53 * math.log2(size) * (sum(times) + 1) * math.sqrt(2 * float(one_less @ one_less))
     infinite = sum(n * step.infinite for n, step in zip(times, steps, strict=True))
-    left = delta * (1 - _TAIL) - infinite - rounding
+    left = delta - above - infinite - rounding
     return _epsilon(masses, start, interval, left) if left > 0 else None
+
+
+def _window(cumulants: Array, tail: float, interval: float) -> tuple[int, int]:
+    """First point and size, a power of two, of a window that at most `tail` of the mass lies beyond at either end."""
+    edges = (cumulants - math.log(tail)) / _TILTS / interval
+    start, end = math.floor(edges[_TILTS < 0].max()), math.ceil(edges[_TILTS > 0].min())
+    return start, 1 << max(10, (end - start).bit_length())
 
 
 @lru_cache(maxsize=2048)

@@ -43,13 +43,10 @@ def _log_binomials(order: int) -> Array:
     return np.array([lgamma(order + 1) - lgamma(k + 1) - lgamma(order - k + 1) for k in range(order + 1)])
 
 
-def epsilons(histories: Sequence[History], deltas: Sequence[float]) -> Array:
-    """(C,) an upper bound on each client's epsilon at its delta; the time does not depend on how often anything ran.
-
-    Conversion: Canonne, Kamath and Steinke 2020, Proposition 12. Nothing ran: 0. Ran without noise: infinity.
-    """
+def spent(histories: Sequence[History]) -> Array:
+    """(C, O) what each client's history amounts to; the time does not depend on how often anything ran."""
     rows: list[Array] = []
-    counts: list[int] = []
+    counts: list[float] = []
     owners: list[int] = []
     for client, history in enumerate(histories):
         for mechanism, count in history.items():
@@ -57,14 +54,27 @@ def epsilons(histories: Sequence[History], deltas: Sequence[float]) -> Array:
                 rows.append(row(mechanism))
                 counts.append(count)
                 owners.append(client)
-    found = np.zeros(len(histories))
-    if not owners:
-        return found
-    starts = np.flatnonzero(np.diff(owners, prepend=-1))
-    spent_CO = np.add.reduceat(np.array(rows) * np.array(counts, dtype=np.float64)[:, None], starts, axis=0)
-    ran = np.array(owners)[starts]
-    log_delta_C = np.log(np.asarray(deltas, dtype=np.float64)[ran])
-    bounds_CO = spent_CO + (np.log1p(-1 / ORDERS) - np.log(ORDERS) / (ORDERS - 1))
-    bounds_CO -= log_delta_C[:, None] / (ORDERS - 1)
-    found[ran] = np.maximum(bounds_CO.min(axis=1), 0)
-    return found
+    total = np.zeros((len(histories), len(ORDERS)))
+    if owners:
+        starts = np.flatnonzero(np.diff(owners, prepend=-1))
+        total[np.array(owners)[starts]] = np.add.reduceat(np.array(rows) * np.array(counts)[:, None], starts, axis=0)
+    return total
+
+
+def after(spent_CO: Array, mechanisms: Sequence[Mechanism], steps: Sequence[int]) -> Array:
+    """(C, O) one round later: client c runs `steps[c]` >= 1 of `mechanisms[c]`. A round costs the same however long."""
+    rows_CO: Array = np.array([row(mechanism) for mechanism in mechanisms])
+    return spent_CO + rows_CO * np.array(steps, dtype=np.float64)[:, None]
+
+
+def bounds(spent_CO: Array, deltas: Sequence[float]) -> Array:
+    """(C,) an upper bound on each client's epsilon at its delta (Canonne, Kamath and Steinke 2020, Proposition 12)."""
+    log_delta_C = np.log(np.asarray(deltas, dtype=np.float64))
+    per_order = np.log1p(-1 / ORDERS) - np.log(ORDERS) / (ORDERS - 1)
+    found: Array = (spent_CO + per_order - log_delta_C[:, None] / (ORDERS - 1)).min(axis=1)
+    return np.where(spent_CO[:, 0] > 0, np.maximum(found, 0), 0)
+
+
+def epsilons(histories: Sequence[History], deltas: Sequence[float]) -> Array:
+    """(C,) the same of histories. Nothing ran: 0. Ran without noise: infinity."""
+    return bounds(spent(histories), deltas)
