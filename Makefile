@@ -30,6 +30,7 @@ check: env
 
 bench: env
 	$(BIN)/python benchmarks/rounds.py
+	$(BIN)/python benchmarks/accounting.py
 
 docs: env
 	$(BIN)/python docs/generate.py

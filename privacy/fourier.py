@@ -38,7 +38,7 @@ Array = NDArray[np.float64]
 _TAIL = 1e-6
 _INTERVALS = (1e-2, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 1e-4)
 _TILTS = np.concatenate([-np.geomspace(0.02, 2000, 32), np.geomspace(0.02, 2000, 32)])
-_LARGEST = 1 << 20
+_LARGEST = 1 << 18
 
 
 class _Losses(NamedTuple):
@@ -56,11 +56,18 @@ class _Losses(NamedTuple):
 def epsilon(counts: Sequence[tuple[Mechanism, int]], delta: float) -> float | None:
     """An upper bound on epsilon of `counts` (at least one, all with noise); None if out of reach.
 
-    Out of reach is a window of more than 2^20 points (an epsilon of thousands), or a delta that rounding swallows.
+    A window of more than 2^18 points gets a wider interval, which is looser. Out of reach is one that is too wide at
+    the widest (an epsilon of a thousand), or a delta that rounding swallows.
     """
     interval = min(_interval(mechanism) for mechanism, _ in counts)
-    both = [_one_direction(counts, delta, interval, direction) for direction in (0, 1)]
-    return None if None in both else max(found for found in both if found is not None)
+    widest = max(20 / m.noise_multiplier + m.noise_multiplier**-2 for m, _ in counts)  # a step's loss, ten deviations
+    while interval <= _INTERVALS[0]:
+        sides = (0, 1) if widest <= 8 * _LARGEST * interval else ()
+        both = [found for side in sides if (found := _one_direction(counts, delta, interval, side)) is not None]
+        if len(both) == 2:
+            return max(both)
+        interval *= 10
+    return None
 
 
 def _interval(mechanism: Mechanism) -> float:

@@ -65,6 +65,19 @@ def test_a_loss_too_wide_for_the_grid_gets_the_renyi_bound() -> None:
     assert 1e4 < accounting.epsilon(history, 1e-5) < math.inf
 
 
+def test_a_wide_loss_in_fine_steps_is_composed_on_a_wider_interval() -> None:
+    history = {Mechanism(1e-3, 0.8): 4, Mechanism(0.5, 0.3): 60}
+    assert interval_of(history) == 1e-4
+    found = fourier.epsilon(sorted(history.items()), 1e-5)
+    assert found is not None
+    slow = convolved(history, 1e-5, 1e-3)
+    assert found == pytest.approx(slow, rel=1e-4)
+
+
+def test_a_step_of_almost_no_noise_is_not_put_on_a_grid() -> None:
+    assert fourier.epsilon([(Mechanism(0.5, 1e-4), 1)], 1e-5) is None
+
+
 @pytest.mark.parametrize("history", MIXES)
 def test_a_window_that_is_too_small_costs_tightness_and_never_the_bound(
     history: dict[Mechanism, int], monkeypatch: pytest.MonkeyPatch
