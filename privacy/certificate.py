@@ -18,7 +18,7 @@ ACCOUNTANT = (
 )
 INTERVAL = 1e-4
 _POINTS = 1 << 21
-_EFFORT, _SAMPLED = 400, 30
+_EFFORT, _SAMPLED = 400, 45
 
 
 class Certificate(NamedTuple):
@@ -38,7 +38,7 @@ class Certificate(NamedTuple):
 
 
 def certify_all(accounts: Sequence[tuple[History, float]]) -> list[Certificate]:
-    """One certificate for each (history, delta), the costliest first, until some 10 s of computing are used up.
+    """One certificate for each (history, delta), the costliest first, until some 6 s of computing are used up.
 
     In a large fleet the rest keep the bound of `accounting.epsilon`, about a thousandth above, without cross-check:
     what a run claims is what its costliest client spent, and that one is certified.

@@ -69,6 +69,7 @@ def test_a_history_too_loud_for_a_fine_grid_is_certified_on_a_coarser_one() -> N
 
 def test_a_large_fleet_certifies_its_costliest_clients_and_bounds_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(certificate, "_EFFORT", 62)
+    monkeypatch.setattr(certificate, "_SAMPLED", 30)
     mechanism = Mechanism(0.2, 2.0)
     accounts = [({mechanism: steps}, 1e-3) for steps in (5, 40, 40, 20, 10, 40)] + [({Mechanism(1.0, 5.0): 1}, 1e-3)]
     found = certificate.certify_all(accounts)
