@@ -59,6 +59,8 @@ class Scenario:
     """Names of the classes, for the edge bundle; empty: their indices."""
     skipped: Mapping[str, str] = field(default_factory=dict)
     """What this scenario leaves out on purpose -> the reason: "pruned", "central", "no_privacy"."""
+    dataset: str = ""
+    """The declared name of the data, to which privacy spending is charged across scenarios; empty: `name`."""
     name: str = ""
 
 

@@ -24,6 +24,7 @@ class Run(Section):
     seed: int = Field(0, ge=0, description="seed of split, partition, initialization, cohorts (never of privacy noise)")
     data: str = Field("", description="folder of data sets that are not bundled; empty: UMBEL_DATA")
     out: str = Field("", description="run folder; empty: runs/SCENARIO-TIME")
+    state: str = Field("", description="folder of the privacy ledgers; empty: UMBEL_STATE, else the platform's own")
     resume: bool = Field(False, description="go on with the run in run.out instead of starting one")
 
 
@@ -63,6 +64,9 @@ class Server(Section):
 class Privacy(Section):
     unit: Literal["none", "example"] = Field("none", description="what one change of the data is: none, example")
     epsilon: float = Field(8.0, gt=0, description="budget of every client over the whole run, recovery included")
+    budget: float | None = Field(
+        None, gt=0, description="epsilon of every client over all runs on the same data; unset: recorded, never refused"
+    )
     delta: float | None = Field(None, gt=0, lt=1, description="unset: 1 / (10 x the client's examples)")
     clip: float = Field(1.0, gt=0, description="clipping norm of one example's gradient")
     max_noise: float = Field(100.0, gt=0, description="largest noise multiplier; more is refused")

@@ -68,7 +68,7 @@ def _folder(name: str, scenario: Scenario, settings: Settings) -> RunFolder:
     (path / STOP).unlink(missing_ok=True)  # it was meant for the run before
     folder = RunFolder.open(path)
     _, before = folder.settings()
-    told = {name: getattr(settings.run, name) for name in ("data", "out", "resume")}
+    told = {name: getattr(settings.run, name) for name in ("data", "out", "state", "resume")}
     if before.model_copy(update={"run": before.run.model_copy(update=told)}) != settings:
         folder.close()
         raise Refused(f"{path} was started with other settings: the nodes read `set`, so repeat it, or start a new run")

@@ -10,6 +10,7 @@ import click
 import typer
 
 from privacy.refused import Refused
+from server.ledger_cli import ledger_app
 
 app = typer.Typer(
     name="umbel",
@@ -22,10 +23,12 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Data sets that are not bundled: list and download them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(ledger_app, name="ledger")
 
 Set = Annotated[str, typer.Option("--set", help='Settings by name, as in "rounds.number=5 privacy.epsilon=3".')]
 Seed = Annotated[int | None, typer.Option(help="Seed of split, partition, initialization and cohorts (run.seed).")]
 Data = Annotated[str | None, typer.Option(help="Folder of data sets that are not bundled, else UMBEL_DATA (run.data).")]
+State = Annotated[str | None, typer.Option(help="Folder of the privacy ledgers, else UMBEL_STATE (run.state).")]
 Runtime = Annotated[str, typer.Option(help="embedded (this process), simulation (Flower on Ray), deployment (nodes).")]
 Superlink = Annotated[str, typer.Option(help="HOST:PORT of the running SuperLink, for --runtime deployment.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the run folder's path alone.")]
@@ -37,6 +40,7 @@ def run(
     set_: Set = "",
     seed: Seed = None,
     data: Data = None,
+    state: State = None,
     out: Annotated[
         str | None, typer.Option(help="Run folder, new or empty (run.out; default runs/SCENARIO-TIME).")
     ] = None,
@@ -53,7 +57,7 @@ def run(
     from server import launch
 
     chosen = load(scenario)
-    settings = override(chosen.settings, " ".join([set_, *_flags(seed, data, out)]))
+    settings = override(chosen.settings, " ".join([set_, *_flags(seed, data, out, state)]))
     folder = Path(settings.run.out or f"runs/{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     launch.go(chosen, scenario, settings, folder, runtime, superlink, quiet, new=True)
 
@@ -62,6 +66,7 @@ def run(
 def resume(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that was stopped or killed.")],
     data: Data = None,
+    state: State = None,
     runtime: Runtime = "embedded",
     superlink: Superlink = "",
     quiet: Quiet = False,
@@ -79,7 +84,7 @@ def resume(
         print(run_folder, "has finished already: nothing to do", file=sys.stderr)
         launch.show(run_folder, quiet)
         return
-    settings = override(settings, " ".join(_flags(None, data, None)))
+    settings = override(settings, " ".join(_flags(None, data, None, state)))
     launch.go(load(name), name, settings, run_folder, runtime, superlink, quiet, new=False)
 
 
@@ -88,6 +93,7 @@ def export(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     set_: Annotated[str, typer.Option("--set", help='Export settings, as in "export.prune=0.7".')] = "",
     data: Data = None,
+    state: State = None,
     quiet: Quiet = False,
 ) -> None:
     """Prune, recover, quantize, check and choose again, with what is left of the run's privacy budget."""
@@ -99,10 +105,10 @@ def export(
 
     with RunFolder.open(run_folder) as folder, launch.signals() as stop:
         name, before = folder.settings()
-        settings = override(before, " ".join([set_, *_flags(None, data, None)]))
+        settings = override(before, " ".join([set_, *_flags(None, data, None, state)]))
         old = {knob: value for knob, value, _ in knobs(before)}
         for knob, value, _ in knobs(settings):
-            if value != old[knob] and not knob.startswith(("export.", "run.data")):
+            if value != old[knob] and not knob.startswith(("export.", "run.data", "run.state")):
                 raise Refused(f"umbel export changes export.* alone, not {knob}: start a new run for that")
         with launch.prepared_job(load(name), settings, folder, stop, quiet) as prepared:
             folder.write_settings(name, settings)  # before: `umbel resume` goes on with an export that is cut off
@@ -248,10 +254,11 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _flags(seed: int | None, data: str | None, out: str | None) -> list[str]:
+def _flags(seed: int | None, data: str | None, out: str | None, state: str | None) -> list[str]:
     import shlex
 
-    given = {"run.seed": seed, "run.data": data, "run.out": out}
+    kept = str(Path(state).expanduser().absolute()) if state else state  # a run must find it from anywhere
+    given = {"run.seed": seed, "run.data": data, "run.out": out, "run.state": kept}
     return [shlex.quote(f"{name}={value}") for name, value in given.items() if value is not None]
 
 

@@ -12,6 +12,7 @@ from clients.training import Node
 from privacy import accounting, certificate, dp_sgd
 from privacy.plan import Plan
 from scenarios.settings import knobs
+from server.accounts import Accounts
 from server.state import Row, Score, ServerState, Spent
 
 SCHEMA = 1
@@ -30,6 +31,7 @@ def collect(
     state: ServerState,
     roster: Mapping[str, Hello],
     plans: Mapping[str, Plan],
+    accounts: Accounts,
     rows: Sequence[Row],
     final: Score,
     compared: Mapping[str, Any],
@@ -60,7 +62,7 @@ def collect(
             "reason": None if final.accuracy is not None else "no client evaluated the final weights",
         },
         "reference": {key: value for key, value in compared.items() if key != "seconds"},
-        "privacy": _privacy(node, state, roster, plans, compared),
+        "privacy": _privacy(node, state, roster, plans, accounts, compared),
         "bytes": {key: sum(row[f"bytes_{key}"] for row in rows) for key in ("up", "down")},
         "fleet": {
             "profile": settings.fleet.profile,
@@ -89,6 +91,7 @@ def _privacy(
     state: ServerState,
     roster: Mapping[str, Hello],
     plans: Mapping[str, Plan],
+    accounts: Accounts,
     compared: Mapping[str, Any],
 ) -> dict[str, Any]:
     wanted = node.settings.privacy
@@ -120,6 +123,7 @@ def _privacy(
                 "epsilon_prv": certified.prv,
                 "epsilon_rdp": dp_sgd.epsilon_rdp(*account),
                 "delta": plan.delta,
+                **accounts.total(name),
                 "noise_multiplier": plan.mechanism.noise_multiplier,
                 "sampling_rate": plan.mechanism.sampling_rate,
                 "steps": spent[name].steps,
@@ -135,6 +139,7 @@ def _privacy(
         "adjacency": accounting.ADJACENCY if plans else None,
         "delta_rule": _delta_rule(wanted.delta) if plans else None,
         "clip": wanted.clip if plans else None,
+        "ledger": accounts.evidence(),
         "clients": clients,
         "worst_epsilon": max(epsilons, default=None),
         "median_epsilon": statistics.median(epsilons) if epsilons else None,

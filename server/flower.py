@@ -78,6 +78,8 @@ def settings_text(scenario: Scenario, settings: Settings, out: Path | None, resu
     for name in ("run.data", "fleet.profile"):  # may be relative to where the user is; the nodes are elsewhere
         if wanted[name] and Path(wanted[name]).exists():
             wanted[name] = str(Path(wanted[name]).absolute())
+    if wanted["run.state"]:
+        wanted["run.state"] = str(Path(wanted["run.state"]).expanduser().absolute())
     changed = {name: "" if value is None else value for name, value in wanted.items() if value != born[name]}
     return " ".join(shlex.quote(f"{name}={value}") for name, value in changed.items())
 

@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from privacy.ledger import Ledger
+from privacy.chain import Head
 from privacy.refused import Refused
 from scenarios.settings import Settings, from_toml, to_toml
 from server.state import Row, ServerState, Spent
@@ -25,15 +24,14 @@ _FORMAT = "1"
 class RunFolder:
     """One run on disk. The checkpoint's rename is the commit; rounds.jsonl is brought in line with it on opening.
 
-    settings.toml (scenario and settings), ledger.jsonl (steps reserved under DP), checkpoint.safetensors (the committed
-    state with its row), rounds.jsonl (a row a committed round), start.json (what the run began with).
+    settings.toml (scenario and settings), checkpoint.safetensors (the committed state with its row and the ledger's
+    head), rounds.jsonl (a row a committed round), start.json (what the run began with).
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.states = path / "clients"
         """Client states of simulated clients; a real device keeps its own."""
-        self._ledger = Ledger(path / "ledger.jsonl")
         self._lock = self._hold()
 
     @classmethod
@@ -80,20 +78,15 @@ class RunFolder:
     def write_settings(self, scenario: str, settings: Settings) -> None:
         write_atomic(self.path / "settings.toml", to_toml(settings, scenario).encode())
 
-    def reserve(self, number: int, steps: Mapping[str, int]) -> None:
-        """Write down, durably, what round `number` may release (Journal)."""
-        self._ledger.reserve(number, steps)
+    def commit(self, state: ServerState, row: Row, ledger: Head | None = None) -> None:
+        """Make the round durable: the checkpoint replaces the old one, then the row joins rounds.jsonl.
 
-    def unanswered(self, committed: int) -> Counter[str]:
-        """Steps by client of rounds that were begun after the last committed one. Raises Refused as the ledger does."""
-        return self._ledger.unanswered(committed)
-
-    def commit(self, state: ServerState, row: Row) -> None:
-        """Make the round durable (Journal): the checkpoint replaces the old one, then the row joins rounds.jsonl."""
-        self.checkpoint(state, row)
+        ledger: its head once the round was reserved; kept here, so that a ledger rolled back behind it is found out.
+        """
+        self.checkpoint(state, row, ledger)
         self._append(row)
 
-    def checkpoint(self, state: ServerState, row: Row) -> None:
+    def checkpoint(self, state: ServerState, row: Row, ledger: Head | None) -> None:
         """Replace the committed state by `state`, whose last round is `row`."""
         tensors: dict[str, NDArray[Any]] = {f"step/{name}": value for name, value in state.step.items()}
         tensors["weights"] = state.weights
@@ -108,6 +101,7 @@ class RunFolder:
             "clock": state.clock,
             "clients": {name: [s.steps, s.rounds, s.last] for name, s in state.clients.items()},
             "row": row,
+            "ledger": ledger,
         }
         write_atomic(
             self.path / "checkpoint.safetensors", save(tensors, {"format": _FORMAT, "state": json.dumps(rest)})
@@ -151,6 +145,18 @@ class RunFolder:
             rows.append(row)
         write_atomic(self.path / "rounds.jsonl", "".join(_line(r) for r in rows).encode())
         return state
+
+    def ledger_head(self) -> Head | None:
+        """The ledger's head that the last committed round saw; None before, and without a ledger."""
+        path = self.path / "checkpoint.safetensors"
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="numpy") as file:
+                head = json.loads(file.metadata()["state"])["ledger"]
+            return Head(int(head[0]), str(head[1])) if head else None
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError) as error:
+            raise Refused(f"{path} is damaged ({type(error).__name__}): the run cannot go on from it") from None
 
     def rows(self, torn_tail: bool = False) -> list[Row]:
         """The rows of rounds.jsonl. With `torn_tail` a last line that a crash cut off is left out."""

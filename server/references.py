@@ -23,10 +23,10 @@ from server.state import Row, ServerState, final_weights, first_state
 class NoJournal:
     """A federation whose rounds nobody needs to resume."""
 
-    def reserve(self, number: int, steps: Any) -> None:
+    def reserve(self, number: int, steps: Any) -> dict[str, str]:
         raise Refused("a reference federation has no privacy account: its settings must say privacy.unit=none")
 
-    def commit(self, state: ServerState, row: Row) -> None:
+    def commit(self, state: ServerState, row: Row, taken: Any) -> None:
         """Nothing is kept."""
 
 

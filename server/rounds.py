@@ -32,11 +32,11 @@ class Fleet(Protocol):
 class Journal(Protocol):
     """What makes a round durable."""
 
-    def reserve(self, number: int, steps: Mapping[str, int]) -> None:
-        """Before data is touched: these clients may now run these steps under DP."""
+    def reserve(self, number: int, steps: Mapping[str, int]) -> Mapping[str, str]:
+        """Before data is touched: these clients may now run these steps under DP; not those returned, name -> why."""
 
-    def commit(self, state: ServerState, row: Row) -> None:
-        """All or nothing: weights, step state, account, metrics."""
+    def commit(self, state: ServerState, row: Row, taken: Mapping[str, int]) -> None:
+        """All or nothing: weights, step state, account, metrics. taken: the steps of every good reply, by client."""
 
 
 def rounds(
@@ -63,9 +63,10 @@ def rounds(
         spent = {name: client.steps for name, client in state.clients.items()}
         traffic = state.weights.nbytes, codec.bytes(len(state.weights))
         chosen = select.cohort(names, roster, settings, number, traffic, plans, spent)
+        for name, reason in (journal.reserve(number, chosen.steps) if plans and chosen.steps else {}).items():
+            del chosen.steps[name]
+            chosen.skipped.append({"name": name, "reason": reason})
         tasks = [_task(state, plans, settings, number, name, steps) for name, steps in chosen.steps.items()]
-        if plans and tasks:
-            journal.reserve(number, chosen.steps)
 
         # train; what comes back is decoded and checked one by one, and combined as it comes
         row = _new_row(state, number, chosen, tasks)
@@ -88,7 +89,7 @@ def rounds(
         row["loss"], row["accuracy"], row["worst_client_accuracy"] = score(state)
         row["epsilon"] = worst_epsilon(state, plans)
         row["seconds"] = time.monotonic() - began
-        journal.commit(state, row)
+        journal.commit(state, row, accepted)
         yield state, row
 
 

@@ -15,7 +15,8 @@ from privacy.refused import Refused
 from scenarios import Scenario, build_model
 from scenarios.settings import Settings, knobs
 from scenarios.weights import Vector, layout, unflatten
-from server import budget, combine, edge, facts, report, select, step
+from server import accounts, budget, combine, edge, facts, report, select, step
+from server.accounts import Accounts, Exhausted
 from server.record import RunFolder, save_named
 from server.references import references
 from server.rounds import Fleet, rounds
@@ -46,6 +47,7 @@ class Job:
     fleet: Fleet
     roster: Mapping[str, Hello]
     plans: Mapping[str, Plan]
+    accounts: Accounts
     committed: ServerState | None
     """The last committed state; None before round 1."""
     progress: Progress
@@ -81,7 +83,7 @@ def export(job: Job) -> dict[str, Any]:
     if state is None or compared is None:
         raise Refused(f"{job.folder.path} has not come to its export: `umbel resume {job.folder.path}` goes on with it")
     state = replace(state, phase="train", until=state.round)
-    job.folder.checkpoint(state, job.folder.rows()[-1])
+    job.folder.checkpoint(state, job.folder.rows()[-1], job.folder.ledger_head())
     for name in ("report.html", "report.json"):
         (job.folder.path / name).unlink(missing_ok=True)
     return _ship(job, _with_lost_rounds(job, state), compared)
@@ -120,17 +122,18 @@ def prepare(
         if start is None:
             progress.status("calibrating noise")
             plans = budget.plans(roster, settings)
-            _write_start(folder, roster, plans, server_data, settings)
+            charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, None)
+            _write_start(folder, roster, plans, server_data, settings, charged)
         else:
             plans = _read_plans(start)
             _same_data(start, roster, server_data)
             roster = {name: roster[name] for name in sorted(start["clients"])}  # who came later has no plan
-            _has_ledger(folder, plans, committed)
+            charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, start)
     except Refused:
         if start is None:
             folder.discard()
         raise
-    return Job(node, folder, fleet, roster, plans, committed, progress, score, stop, runtime)
+    return Job(node, folder, fleet, roster, plans, charged, committed, progress, score, stop, runtime)
 
 
 def check(scenario: Scenario, settings: Settings) -> None:
@@ -142,6 +145,10 @@ def check(scenario: Scenario, settings: Settings) -> None:
     model = build_model(scenario, settings)
     if settings.privacy.unit == "example":
         dp_sgd.check(model)
+    if settings.privacy.budget is not None and settings.privacy.unit == "none":
+        raise Refused("privacy.budget limits what is spent under DP: set privacy.unit=example, or leave it out")
+    if settings.privacy.budget is not None and settings.privacy.noise_seed is not None:
+        raise Refused("privacy.budget cannot be kept with privacy.noise_seed, which promises nothing: leave one out")
 
 
 def _enough(roster: Mapping[str, Hello], settings: Settings) -> None:
@@ -156,12 +163,19 @@ def _enough(roster: Mapping[str, Hello], settings: Settings) -> None:
 
 
 def _federate(job: Job, state: ServerState) -> ServerState:
-    """The rounds of the state's phase; a client that cannot afford one skips it, by name."""
+    """The rounds of the state's phase; a client that cannot afford one skips it, by name.
+
+    Raises Stopped when the ledger has too few clients left that can pay; recovery then ends early instead.
+    """
     settings = job.node.settings
-    for state, row in rounds(job.fleet, job.roster, job.plans, state, settings, job.folder, job.score):  # noqa: B020
-        job.progress.row(row)
-        if job.stop():
-            raise Stopped(f"stopped after round {state.round}: `umbel resume {job.folder.path}` goes on")
+    try:
+        for state, row in rounds(job.fleet, job.roster, job.plans, state, settings, job.accounts, job.score):  # noqa: B020
+            job.progress.row(row)
+            if job.stop():
+                raise Stopped(f"stopped after round {state.round}: `umbel resume {job.folder.path}` goes on")
+    except Exhausted as who:
+        if state.phase == "train":
+            raise Stopped(f"stopped before round {state.round + 1}, the budget is spent: {who}") from None
     return state
 
 
@@ -179,7 +193,9 @@ def _ship(job: Job, state: ServerState, compared: Mapping[str, Any]) -> dict[str
         "export": time.monotonic() - began - sum(row["seconds"] for row in rows if row["round"] > state.round),
     }
     job.progress.status("writing the report")
-    whole = facts.collect(job.node, after, job.roster, job.plans, rows, at_end, compared, shipped, seconds, job.runtime)
+    whole = facts.collect(
+        job.node, after, job.roster, job.plans, job.accounts, rows, at_end, compared, shipped, seconds, job.runtime
+    )
     job.folder.write_json("report.json", whole)
     report.write(job.folder.path)
     return whole
@@ -206,10 +222,8 @@ def _recover(job: Job, state: ServerState, final: Vector) -> tuple[ServerState |
 
 def _with_lost_rounds(job: Job, state: ServerState) -> ServerState:
     """What an interrupted round may have released counts as spent; seeded noise only repeats the same release."""
-    if not job.plans or job.node.settings.privacy.noise_seed is not None:
-        return state
     clients = dict(state.clients)
-    for name, steps in job.folder.unanswered(state.round).items():
+    for name, steps in job.accounts.unanswered(state.round).items():
         before = clients.get(name, Spent())
         clients[name] = replace(before, steps=before.steps + steps)
     return replace(state, clients=clients)
@@ -226,6 +240,7 @@ def _write_start(
     plans: Mapping[str, Plan],
     server_data: Mapping[str, str],
     settings: Settings,
+    charged: Accounts,
 ) -> None:
     clients = {name: asdict(hello) for name, hello in roster.items()}
     folder.write_json(
@@ -235,6 +250,7 @@ def _write_start(
             "plans": {name: asdict(plan) for name, plan in plans.items()},
             "server_data": dict(server_data),
             "settings": _fixed(settings),
+            "ledger": charged.evidence(),
         },
     )
 
@@ -249,12 +265,6 @@ def _same_settings(start: Mapping[str, Any], settings: Settings) -> None:
     for name, value in _fixed(settings).items():
         if (before := start["settings"].get(name, value)) != value:
             raise Refused(f"{name} was {before} when the run began, settings.toml says {value}: start a new run")
-
-
-def _has_ledger(folder: RunFolder, plans: Mapping[str, Plan], committed: ServerState | None) -> None:
-    spent = committed is not None and any(client.steps for client in committed.clients.values())
-    if plans and spent and not (folder.path / "ledger.jsonl").exists():
-        raise Refused(f"{folder.path / 'ledger.jsonl'} is missing: what was spent cannot be known")
 
 
 def _read_plans(start: Mapping[str, Any]) -> dict[str, Plan]:

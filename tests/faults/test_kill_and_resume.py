@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from privacy.ledger import Ledger
+from privacy.plan import Mechanism
+
 SMALL = (
     "rounds.number=4 rounds.average=2 export.recover_rounds=2 codec=topk:0.3 fleet.clients=5 server.step=momentum "
     "reference.central_epochs=0 reference.no_privacy=false"
@@ -71,19 +74,21 @@ def test_resuming_a_finished_run_changes_nothing(undisturbed: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")} == before
 
 
-def test_with_real_noise_an_interrupted_round_counts_as_spent_and_its_clients_skip_the_last(tmp_path: Path) -> None:
+def test_with_real_noise_an_interrupted_round_counts_as_spent_and_its_clients_skip_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
+    monkeypatch.setenv("UMBEL_STATE", str(tmp_path / "state"))
     real = SMALL + " local.steps=12"  # long rounds, so that the kill falls into one
     kill_after(run, [*UMBEL, "run", "digits", "--out", str(run), "--set", real, "--quiet"], 2, 0.0)
-    ledger = run / "ledger.jsonl"
-    begun = [json.loads(line)["round"] for line in ledger.read_text().splitlines()]
-    committed = len(rounds_of(run))
-    if begun[-1] == committed:  # killed between two rounds: begin the next one by hand, as a crash in it would have
-        with ledger.open("a") as file:
-            steps = json.loads(ledger.read_text().splitlines()[0])["steps"]
-            file.write(json.dumps({"round": committed + 1, "steps": steps}) + "\n")
+    start = json.loads((run / "start.json").read_text())["ledger"]
+    ledger, committed = Ledger(Path(start["path"])), len(rounds_of(run))
+    if not ledger.unanswered(start["run"], committed):  # killed between two rounds: begin the next one by hand
+        step = Mechanism(**json.loads((run / "start.json").read_text())["plans"]["client-0"]["mechanism"])
+        ledger.reserve(start["run"], committed + 1, dict.fromkeys(ledger.accounts, (step, 12)))
     umbel("resume", str(run), "--quiet")
     report = json.loads((run / "report.json").read_text())
+    assert report["privacy"]["ledger"]["path"] == start["path"]
     rows = rounds_of(run)
     assert {entry["name"] for entry in rows[-1]["skipped"]} == {
         client["name"] for client in report["privacy"]["clients"]

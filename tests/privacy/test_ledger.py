@@ -1,43 +1,388 @@
-"""The ledger never forgets a reservation, whatever byte a crash cuts it at."""
+"""The ledger under whatever a crash, a disk, an editor or another process does to it: 0 under-counts."""
 
+import fcntl
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from privacy.ledger import Ledger
+from privacy import accounting, chain, ledger, recompute
+from privacy.chain import Head
+from privacy.ledger import Account, Ledger
+from privacy.plan import Mechanism
 from privacy.refused import Refused
 
-
-def test_reservations_without_a_committed_round_count_as_spent(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    ledger.reserve(1, {"a": 2, "b": 1})
-    ledger.reserve(2, {"a": 2})
-    ledger.reserve(2, {"a": 2, "b": 1})
-    assert ledger.unanswered(2) == {}
-    assert ledger.unanswered(1) == {"a": 4, "b": 1}
-    assert ledger.unanswered(0) == {"a": 6, "b": 2}
+A, B = Account("example", "a", "digits"), Account("example", "b", "digits")
+STEP = Mechanism(1.0, 10.0)
+DELTA = 1e-3
 
 
-def test_a_missing_ledger_has_nothing_to_answer(tmp_path: Path) -> None:
-    assert Ledger(tmp_path / "ledger.jsonl").unanswered(0) == {}
+def opened(path: Path, budget: float | None = None) -> Ledger:
+    made = Ledger(path)
+    made.open({A: (budget, DELTA), B: (budget, DELTA)})
+    return made
 
 
-def test_no_cut_of_the_last_line_loses_an_earlier_reservation(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.jsonl"
-    Ledger(path).reserve(1, {"a": 3})
-    first = path.read_bytes()
-    Ledger(path).reserve(2, {"a": 5})
+def steps(path: Path, account: Account = A) -> int:
+    """What a process that comes later finds spent."""
+    found = Ledger(path)
+    found.read()
+    return sum(found.accounts[account].history.values())
+
+
+def ask(count: int, *accounts: Account) -> dict[Account, tuple[Mechanism, int]]:
+    return dict.fromkeys(accounts or (A, B), (STEP, count))
+
+
+def test_spending_carries_over_from_run_to_run(tmp_path: Path) -> None:
+    path = tmp_path / "l.ledger"
+    for run in ("one", "two"):
+        made = opened(path)
+        assert made.reserve(run, 1, ask(3)) == {}
+        made.commit(run, 1, {A: 3, B: 3})
+    assert (steps(path, A), steps(path, B)) == (6, 6)
+
+
+def test_a_reservation_counts_in_full_until_its_commit_says_less_and_not_at_all_once_void(tmp_path: Path) -> None:
+    path = tmp_path / "l.ledger"
+    made = opened(path)
+    made.reserve("run", 1, ask(5))
+    assert steps(path) == 5
+    made.commit("run", 1, {A: 2})
+    assert (steps(path, A), steps(path, B)) == (2, 5)
+    made.reserve("run", 2, ask(5))
+    made.void("run", 2, [A])
+    assert (steps(path, A), steps(path, B)) == (2, 10)
+
+
+def test_only_the_process_that_reserved_may_void_and_only_once(tmp_path: Path) -> None:
+    path = tmp_path / "l.ledger"
+    made = opened(path)
+    made.reserve("run", 1, ask(5))
+    later = opened(path)
+    with pytest.raises(Refused, match="may have touched data"):
+        later.void("run", 1, [A])
+    made.commit("run", 1, {A: 5})
+    with pytest.raises(Refused, match="may have touched data"):
+        made.void("run", 1, [A])
+    made.void("run", 1, [B])
+    with pytest.raises(Refused, match="may have touched data"):
+        made.void("run", 1, [B])
+    assert (steps(path, A), steps(path, B)) == (5, 0)
+
+
+def test_a_round_that_is_repeated_is_a_new_attempt_and_both_count(tmp_path: Path) -> None:
+    path = tmp_path / "l.ledger"
+    opened(path).reserve("run", 1, ask(5))
+    again = opened(path)
+    assert again.unanswered("run", 0) == {"a": 5, "b": 5}
+    assert again.unanswered("run", 1) == {}
+    assert again.unanswered("other", 0) == {}
+    again.reserve("run", 1, ask(5))
+    again.commit("run", 1, {A: 4, B: 5})
+    assert (steps(path, A), steps(path, B)) == (9, 10)
+    assert again.unanswered("run", 0) == {"a": 5, "b": 5}
+
+
+def test_the_gate_refuses_the_first_round_that_would_pass_the_budget_and_says_what_is_left(tmp_path: Path) -> None:
+    path, budget = tmp_path / "l.ledger", accounting.epsilon({STEP: 7}, DELTA)
+    made = opened(path, budget)
+    for number in (1, 2, 3):
+        assert made.reserve("run", number, ask(2, A)) == {}
+    left = budget - accounting.epsilon({STEP: 6}, DELTA)
+    assert made.over(ask(2)) == {A: f"{left:.3g} of its {budget:g} is left, which does not pay for a round"}
+    assert made.reserve("run", 4, ask(2)).keys() == {A}
+    assert (steps(path, A), steps(path, B)) == (6, 2)
+    assert made.reserve("run", 5, ask(1, A)) == {}, "what exactly fits is granted"
+
+
+def test_budget_and_delta_stay_as_the_account_was_opened(tmp_path: Path) -> None:
+    path = tmp_path / "l.ledger"
+    opened(path)
+    made = opened(path, 5.0)  # the first budget that is given counts
+    made.open({A: (None, 0.5), B: (5.0, 0.5)})
+    assert [(s.budget, s.delta) for s in made.accounts.values()] == [(5.0, DELTA)] * 2
+    before = path.read_bytes()
+    with pytest.raises(Refused, match=r"opened with a budget of 5 .*keeps it"):
+        made.open({A: (6.0, DELTA)})
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("terms", [(0.0, DELTA), (-1.0, DELTA), (float("nan"), DELTA), (float("inf"), DELTA), (1.0, 1)])
+def test_terms_that_mean_nothing_are_refused(tmp_path: Path, terms: tuple[float, float]) -> None:
+    with pytest.raises(Refused, match="an account needs"):
+        Ledger(tmp_path / "l.ledger").open({A: terms})
+    assert not (tmp_path / "l.ledger").read_bytes()
+
+
+def test_a_ledger_that_was_never_written_is_empty(tmp_path: Path) -> None:
+    assert Ledger(tmp_path / "l.ledger").read().sequence == 0
+    assert not list(tmp_path.iterdir())
+
+
+# ---- what a disk or an editor does ----
+
+
+def written(folder: Path) -> tuple[Path, list[int]]:
+    """A ledger of several rounds, and where each of its records ends."""
+    path = folder / "l.ledger"
+    made = opened(path)
+    for number in (1, 2):
+        made.reserve("run", number, ask(number))
+        made.commit("run", number, {A: 1, B: number})
+    made.reserve("run", 4, ask(4, A))
+    data, ends = path.read_bytes(), [15]
+    while ends[-1] < len(data):
+        ends.append(ends[-1] + 36 + int.from_bytes(data[ends[-1] : ends[-1] + 4]))
+    return path, ends
+
+
+def test_no_flip_of_a_single_bit_goes_unnoticed(tmp_path: Path) -> None:
+    path, ends = written(tmp_path)
     whole = path.read_bytes()
-    for cut in range(len(first), len(whole)):
+    for at in range(len(whole)):
+        for bit in (1 << (at % 8),) if at % 7 else tuple(1 << b for b in range(8)):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+            with pytest.raises(Refused):
+                Ledger(path).read()
+    path.write_bytes(whole)
+    assert Ledger(path).read().sequence == len(ends) - 1
+
+
+def test_every_cut_behind_the_head_is_refused_and_every_cut_beyond_it_is_a_torn_tail(tmp_path: Path) -> None:
+    path, ends = written(tmp_path)
+    head = path.with_name("l.ledger.head")
+    anchored, whole = head.read_bytes(), path.read_bytes()
+    for cut in sorted({*range(0, len(whole), 5), *ends[:-1], *range(ends[-2], len(whole))}):
         path.write_bytes(whole[:cut])
-        assert Ledger(path).unanswered(0) == {"a": 3}
-        Ledger(path).reserve(2, {"a": 7})
-        assert Ledger(path).unanswered(0) == {"a": 10}
+        with pytest.raises(Refused, match="head file"):
+            Ledger(path).read()
+        with pytest.raises(Refused):
+            opened(path)
+        assert path.read_bytes() == whole[:cut], "a refused ledger stays as it was"
+    Ledger(copy := tmp_path / "copy.ledger")
+    for cut in range(ends[-2], len(whole)):  # the head that stood before the last record was written
+        for garbage in (b"", b"\xff"):
+            copy.write_bytes(whole[:cut] + garbage * (cut > ends[-2] and len(whole) - cut > 1))
+            copy.with_name("copy.ledger.head").write_text(json.dumps(_head_at(whole, ends, len(ends) - 2)))
+            assert steps(copy) == 2, "rounds 1 and 2, by their commits"
+            opened(copy).reserve("run", 4, ask(9, A))
+            assert steps(copy) == 11
+    assert head.read_bytes() == anchored
 
 
-def test_a_damaged_whole_line_is_refused_and_not_skipped(tmp_path: Path) -> None:
-    path = tmp_path / "ledger.jsonl"
-    Ledger(path).reserve(1, {"a": 3})
-    path.write_bytes(path.read_bytes().replace(b'"a"', b'"a') + b'{"round": 2, "steps": {"a": 1}}\n')
-    with pytest.raises(Refused, match="line 1 is damaged"):
-        Ledger(path).unanswered(0)
+def _head_at(whole: bytes, ends: list[int], sequence: int) -> tuple[int, str]:
+    return sequence, whole[ends[sequence - 1] + 4 : ends[sequence - 1] + 36].hex()
+
+
+def test_a_missing_or_foreign_half_is_refused(tmp_path: Path) -> None:
+    path, _ = written(tmp_path)
+    head = path.with_name("l.ledger.head")
+    whole, anchor = path.read_bytes(), head.read_bytes()
+    for ledger_bytes, head_bytes, words in (
+        (whole, None, "head file is missing"),
+        (None, anchor, "ends after record 0"),
+        (b"", anchor, "ends after record 0"),
+        (whole, b"[3", "head file is damaged"),
+        (whole, b"[-1, 5]", "not the one that its head file names"),
+        (whole, json.dumps([2, "0" * 64]).encode(), "not the one that its head file names"),
+        (whole.replace(b"ledger 1", b"ledger 2", 1), anchor, "of another version"),
+        (b'{"round": 1}\n', anchor, "no ledger"),
+    ):
+        for file, content in ((path, ledger_bytes), (head, head_bytes)):
+            file.unlink(missing_ok=True)
+            if content is not None:
+                file.write_bytes(content)
+        with pytest.raises(Refused, match=words) as caught:
+            Ledger(path).read()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_rolled_back_with_its_head_is_not_what_its_peer_saw(tmp_path: Path) -> None:
+    path = tmp_path / "l.ledger"
+    opened(path).reserve("run", 1, ask(1))
+    shutil.copytree(tmp_path, tmp_path / "old")
+    seen = opened(path)
+    seen.reserve("run", 2, ask(1))
+    assert Ledger(path).holds(seen.head)
+    assert not Ledger(tmp_path / "old" / "l.ledger").holds(seen.head)
+    assert not Ledger(path).holds(Head(seen.head.sequence, "0" * 64))
+
+
+def test_a_file_that_shrinks_while_it_is_used_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "l.ledger"
+    made = opened(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(Refused, match="become shorter"):
+        made.reserve("run", 1, ask(1))
+
+
+def test_a_record_that_does_not_follow_is_refused_though_its_digest_fits(tmp_path: Path) -> None:
+    path = tmp_path / "l.ledger"
+    made = opened(path)
+    key = {"account": 1, "run": "run", "round": 1, "attempt": 1}
+    for body in (
+        {"kind": "COMMIT", **key, "steps": 0},
+        {"kind": "VOID", **key},
+        {"kind": "RESERVE", **key, "mechanism": [1.0, 5.0], "steps": -4},
+        {"kind": "RESERVE", **key, "account": 9, "mechanism": [1.0, 5.0], "steps": 4},
+        {"kind": "REFUND", **key},
+    ):
+        shutil.copytree(
+            tmp_path, other := tmp_path.parent / f"{tmp_path.name}-{body['kind']}-{len(body)}-{body['account']}"
+        )
+        forged = Ledger(other / path.name)
+        forged._chain._take = lambda sequence, body: None
+        with forged._chain.held() as file:
+            forged._chain.append(file, [body])
+        with pytest.raises(Refused, match="does not follow"):
+            Ledger(other / path.name).read()
+    assert made.accounts[A].history == {}
+
+
+def test_a_full_disk_reserves_nothing_and_gives_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "l.ledger"
+    made = opened(path)
+    before = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(chain.os, "fsync", full)
+        with pytest.raises(Refused, match="No space left on device"):
+            made.reserve("run", 1, ask(1))
+    assert path.read_bytes() == before
+    assert made.reserve("run", 1, ask(1)) == {}
+    assert steps(path) == 1
+
+
+def test_a_ledger_that_another_process_holds_is_waited_for_and_then_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "l.ledger"
+    made = opened(path)
+    monkeypatch.setattr(chain, "_PATIENCE", 0.05)
+    with path.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(Refused, match="held by another process"):
+            made.reserve("run", 1, ask(1))
+    assert made.reserve("run", 1, ask(1)) == {}, "the refusal let go of the lock"
+
+
+# ---- what a kill does ----
+
+
+@contextmanager
+def killed_at(event: int, opcodes: bool, counted: list[int]) -> Iterator[None]:
+    """SIGKILL this process at the event-th line (or bytecode) that runs in the ledger's files; 0: count them."""
+
+    def trace(frame: FrameType, kind: str, _: Any) -> Callable[..., Any] | None:
+        if frame.f_code.co_filename not in (ledger.__file__, chain.__file__):
+            return None
+        frame.f_trace_opcodes = opcodes
+        if kind == ("opcode" if opcodes else "line"):
+            counted[0] += 1
+            if counted[0] == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(None)
+
+
+def two_rounds(path: Path, told: Path) -> None:
+    """What a run does: reserve, release, commit. `told` grows by a byte with all that could have left a client."""
+    made = opened(path)
+    for number in (1, 2):
+        made.reserve("run", number, ask(10))
+        told.write_text("r" * number)
+        made.commit("run", number, {A: 4, B: 10})
+    made.reserve("run", 3, ask(10))
+    made.void("run", 3, [A, B])
+
+
+@pytest.mark.parametrize("opcodes", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_no_release_is_forgotten(tmp_path: Path, opcodes: bool) -> None:
+    counted = [0]
+    with killed_at(0, opcodes, counted):
+        two_rounds(tmp_path / "whole" / "l.ledger", tmp_path / "told")
+    assert counted[0] > 300
+    for event in range(1, counted[0] + 1, 11 if opcodes else 1):
+        path, told = tmp_path / "l.ledger", tmp_path / "told"
+        for leftover in tmp_path.glob("l.ledger*"):
+            leftover.unlink()
+        told.write_text("")
+        child = os.fork()
+        if child == 0:
+            try:
+                with killed_at(event, opcodes, [0]):
+                    two_rounds(path, told)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        assert os.WIFSIGNALED(status)
+        released = 4 * len(told.read_text())  # of A, which commits 4 of 10
+        found = Ledger(path)
+        found.read()
+        spent = sum(found.accounts[A].history.values()) if A in found.accounts else 0
+        assert released <= spent <= released + 16, f"event {event}"  # one round in flight, one commit lost
+        opened(path).reserve("run", 9, ask(1))  # and it goes on
+        assert steps(path) == spent + 1
+
+
+ACTIONS = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 30), st.integers(0, 30)), max_size=12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(ACTIONS)
+def test_no_sequence_of_rounds_runs_and_restarts_passes_the_budget(
+    tmp_path_factory: pytest.TempPathFactory, actions: list[tuple[int, int, int]]
+) -> None:
+    path, budget = tmp_path_factory.mktemp("gate") / "l.ledger", 1.5
+    released, made = 0, opened(path, budget)
+    for number, (kind, count, taken) in enumerate(actions, 1):
+        if kind == 0:  # a restart, of the same run or of another
+            made = opened(path, budget)
+        if A not in made.reserve("run" if kind else f"run-{number}", number, ask(count, A)):
+            released += min(taken, count) if kind == 2 else count
+            if kind == 2:
+                made.commit("run", number, {A: min(taken, count)})
+        assert accounting.epsilon({STEP: released}, DELTA) <= budget
+        assert steps(path) == released
+    assert made.reserve("run", 99, ask(10_000, A)).keys() == {A}
+
+
+def test_an_independent_script_finds_the_same_epsilon_in_the_same_bytes(tmp_path: Path) -> None:
+    path, sampled = tmp_path / "l.ledger", Mechanism(0.2, 3.0)
+    made = opened(path)
+    for number in (1, 2, 3):
+        made.reserve("run", number, {A: (STEP, 5), B: (sampled, 20)})
+        made.commit("run", number, {A: 4})
+    made.reserve("run", 4, ask(50))
+    made.void("run", 4, [A, B])
+    rows = recompute.accounts(recompute.records(path))
+    assert [(row["client"], row["unit"], row["dataset"], row["delta"]) for row in rows] == [
+        ("a", "example", "digits", DELTA),
+        ("b", "example", "digits", DELTA),
+    ]
+    for row, history in zip(rows, ({STEP: 12}, {sampled: 60}), strict=True):
+        assert row["epsilon"] == pytest.approx(accounting.epsilon(history, DELTA), rel=5e-3)
+    data = bytearray(path.read_bytes())
+    data[40] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged"):
+        recompute.records(path)

@@ -37,12 +37,14 @@ class Kept:
     def __init__(self) -> None:
         self.events: list[tuple[str, int, Mapping[str, int]]] = []
         self.rows: list[Row] = []
+        self.refused: set[tuple[int, str]] = set()
 
-    def reserve(self, number: int, steps: Mapping[str, int]) -> None:
+    def reserve(self, number: int, steps: Mapping[str, int]) -> dict[str, str]:
         self.events.append(("reserve", number, dict(steps)))
+        return {name: "ledger: made up" for name in steps if (number, name) in self.refused}
 
-    def commit(self, state: ServerState, row: Row) -> None:
-        self.events.append(("commit", state.round, {}))
+    def commit(self, state: ServerState, row: Row, taken: Mapping[str, int]) -> None:
+        self.events.append(("commit", state.round, dict(taken)))
         self.rows.append(row)
 
 
@@ -68,12 +70,14 @@ def federate(
     bend: Callable[[Task, Reply], Reply] = lambda _, reply: reply,
     devices: Mapping[str, Device] = {},
     state: ServerState | None = None,
+    refused: set[tuple[int, str]] = set(),  # noqa: B006
 ) -> tuple[ServerState, Kept, Bent]:
     settings = override(Settings(), f"{BASE} {text}")
     federation = Federation(SIZES, made_examples, made_examples("a"), made_examples("b"))
     scenario = Scenario("made", Settings(), {"net": lambda: nn.Linear(5, 2)}, lambda _: federation, name="made")
     node = Node(scenario, settings, federation, folder)
     fleet, journal = Bent(EmbeddedFleet(node), bend, devices), Kept()
+    journal.refused = refused
     plans = budget.plans(fleet.hello(), settings)
     state = state or first_state(node.template, settings)
     *_, (last, _) = rounds(fleet, fleet.hello(), plans, state, settings, journal, lambda _: Score(1.0, 0.5))
@@ -166,6 +170,16 @@ def test_what_could_be_released_is_reserved_before_anyone_is_asked_and_committed
         (kind, number) for number in (1, 2, 3) for kind in ("reserve", "commit")
     ]
     assert journal.events[0][2] == {"a": 2, "b": 3, "c": 4, "d": 5}
+
+
+def test_whom_the_ledger_refuses_is_not_asked_and_the_round_goes_on_without_it(tmp_path: Path) -> None:
+    state, journal, fleet = federate(tmp_path, PRIVATE, refused={(2, "b"), (3, "b")})
+    assert fleet.asked == [NAMES, ["a", "c", "d"], ["a", "c", "d"]]
+    assert journal.rows[1]["skipped"] == [{"name": "b", "reason": "ledger: made up"}]
+    assert journal.rows[1]["cohort"] == NAMES
+    assert all(row["applied"] for row in journal.rows)
+    assert (state.clients["a"].rounds, state.clients["b"].rounds) == (3, 1)
+    assert journal.events[-1] == ("commit", 3, {"a": 2, "c": 4, "d": 5})
 
 
 def test_each_account_accumulates_over_all_rounds_up_to_its_budget(tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""Recompute every account of a ledger with dp-accounting alone: its own reader, its own history, no code of Umbel's.
+
+    python -m privacy.recompute LEDGER [--json]
+
+Prints one row an account: unit, client, dataset, epsilon, delta. A ledger that does not fit together, or that its head
+file does not confirm, gives one line and exit code 2.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import dp_accounting as dp
+from dp_accounting.pld import PLDAccountant
+
+_FIRST = b"umbel ledger 1\n"
+_INTERVAL = 1e-4
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """The bodies of all records. Raises ValueError where a digest, or the head, does not fit."""
+    data, head = path.read_bytes(), json.loads(path.with_name(path.name + ".head").read_bytes())
+    if not data.startswith(_FIRST):
+        raise ValueError("it is no ledger of version 1")
+    digest, at, found = hashlib.sha256(_FIRST).digest(), len(_FIRST), list[dict[str, Any]]()
+    if head[0] == 0 and head[1] != digest.hex():
+        raise ValueError("it differs from its head")
+    while at + 36 <= len(data) and at + 36 + int.from_bytes(data[at : at + 4]) <= len(data):
+        end = at + 36 + int.from_bytes(data[at : at + 4])
+        digest = hashlib.sha256(digest + data[at + 36 : end]).digest()
+        if digest != data[at + 4 : at + 36] or (len(found) + 1 == head[0] and digest.hex() != head[1]):
+            raise ValueError(f"record {len(found) + 1} is damaged")
+        found.append(json.loads(data[at + 36 : end]))
+        at = end
+    if len(found) < head[0]:
+        raise ValueError(f"it has {len(found)} records, its head names {head[0]}")
+    return found
+
+
+def accounts(bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """{unit, client, dataset, epsilon, delta} of each account: an upper bound at add-or-remove adjacency.
+
+    Every reservation counts: in full, or as its COMMIT says; one with a VOID not at all.
+    """
+    opened: dict[int, dict[str, Any]] = {}
+    reserved: dict[tuple[int, str, int, int], tuple[float, float, int]] = {}
+    for sequence, body in enumerate(bodies, 1):
+        if body["kind"] == "OPEN":
+            who = {key: body[key] for key in ("unit", "client", "dataset")}
+            if all({key: row[key] for key in who} != who for row in opened.values()):
+                opened[sequence] = {**who, "epsilon": 0.0, "delta": body["delta"]}
+            continue
+        key = (body["account"], body["run"], body["round"], body["attempt"])
+        if body["kind"] == "RESERVE":
+            reserved[key] = (*body["mechanism"], body["steps"])
+        else:
+            rate, noise, _ = reserved[key]
+            reserved[key] = (rate, noise, body["steps"] if body["kind"] == "COMMIT" else 0)
+    for number, row in opened.items():
+        steps: dict[tuple[float, float], int] = {}
+        for key, (rate, noise, count) in reserved.items():
+            if key[0] == number and count:
+                steps[rate, noise] = steps.get((rate, noise), 0) + count
+        row["epsilon"] = _epsilon(steps, row["delta"])
+    return list(opened.values())
+
+
+def _epsilon(steps: dict[tuple[float, float], int], delta: float) -> float:
+    accountant = PLDAccountant(value_discretization_interval=_INTERVAL)
+    for (rate, noise), count in steps.items():
+        if noise == 0:
+            return math.inf
+        gaussian = dp.GaussianDpEvent(noise)
+        accountant.compose(gaussian if rate == 1 else dp.PoissonSampledDpEvent(rate, gaussian), count)
+    return float(accountant.get_epsilon(delta)) if steps else 0.0
+
+
+def main() -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ledger", type=Path)
+    parser.add_argument("--json", action="store_true", help="a JSON list instead of lines")
+    chosen = parser.parse_args()
+    try:
+        rows = accounts(records(chosen.ledger))
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        print(f"{chosen.ledger} cannot be recomputed: {error}", file=sys.stderr)
+        return 2
+    if chosen.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        for row in rows:
+            print(
+                f"{row['dataset']} {row['client']} ({row['unit']}): epsilon {row['epsilon']:.4f} at {row['delta']:.3g}"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
