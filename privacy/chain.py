@@ -41,6 +41,7 @@ class Chain:
         TypeError, IndexError or AttributeError for one that does not follow from those before it.
         """
         self.path, self._take = path, take
+        self._head_path = path.with_name(path.name + ".head")
         self._digests = [hashlib.sha256(_MAGIC).digest()]
         self._end = 0
 
@@ -116,10 +117,6 @@ class Chain:
         if self._end:
             os.fsync(file.fileno())
             self._anchor()
-
-    @property
-    def _head_path(self) -> Path:
-        return self.path.with_name(self.path.name + ".head")
 
     def _anchor(self) -> None:
         """Name the last record in the head file, atomically and durably."""

@@ -64,23 +64,18 @@ class Ledger:
         self._open: dict[tuple[str, Account], list[_Attempt]] = {}  # reservations without COMMIT or VOID, by run
         self._last: dict[tuple[str, Account], tuple[int, int]] = {}  # (round, attempt) of the newest reservation
         self._untouched: set[tuple[str, int, Account]] = set()  # reserved here: their data cannot have been touched
-        self._chain = Chain(path, self._take)
+        self.chain = Chain(path, self._take)
 
     def read(self) -> Head:
         """Check every record that was not yet read; the head of a ledger that was never written is 0."""
-        with self._chain.held(write=False):
-            return self._chain.head
-
-    @property
-    def head(self) -> Head:
-        """As far as this object has read."""
-        return self._chain.head
+        with self.chain.held(write=False):
+            return self.chain.head
 
     def open(self, accounts: Mapping[Account, tuple[float | None, float]]) -> None:
         """Open each account with (budget, delta). Both stay as they are from then on; an account that was opened
         without a budget takes the first one it is given. Raises Refused for another budget than the account's.
         """
-        with self._chain.held() as file:
+        with self.chain.held() as file:
             bodies = []
             for account, (budget, delta) in accounts.items():
                 if not (0 < delta < 1 and (budget is None or 0 < budget < math.inf)):
@@ -96,11 +91,11 @@ class Ledger:
                 if known is None or (known.budget is None and budget is not None):
                     delta = known.delta if known else delta
                     bodies.append({"kind": "OPEN", **account._asdict(), "budget": budget, "delta": delta})
-            self._chain.append(file, bodies)
+            self.chain.append(file, bodies)
 
     def over(self, asks: Mapping[Account, tuple[Mechanism, int]]) -> dict[Account, str]:
         """The accounts that cannot pay for these steps now, each with what is left of it."""
-        with self._chain.held(write=False):
+        with self.chain.held(write=False):
             return self._over(asks)
 
     def reserve(self, run: str, number: int, asks: Mapping[Account, tuple[Mechanism, int]]) -> dict[Account, str]:
@@ -108,7 +103,7 @@ class Ledger:
 
         asks: the mechanism and its steps in round `number` of `run`. The value of a refused account says what is left.
         """
-        with self._chain.held() as file:
+        with self.chain.held() as file:
             refused, bodies = self._over(asks), []
             for account, (mechanism, steps) in asks.items():
                 if account in refused:
@@ -119,7 +114,7 @@ class Ledger:
                 bodies.append(
                     {"kind": "RESERVE", **key, "attempt": attempt, "mechanism": astuple(mechanism), "steps": steps}
                 )
-            self._chain.append(file, bodies)
+            self.chain.append(file, bodies)
         self._untouched |= {(run, number, account) for account in asks if account not in refused}
         return refused
 
@@ -142,7 +137,7 @@ class Ledger:
     def unanswered(self, run: str, committed: int) -> Counter[str]:
         """Steps by client that `run` reserved for rounds after `committed`: they count as spent."""
         spent: Counter[str] = Counter()
-        with self._chain.held(write=False):
+        with self.chain.held(write=False):
             for (owner, account), attempts in self._open.items():
                 if owner == run:
                     spent[account.client] += sum(attempt.steps for attempt in attempts if attempt.round > committed)
@@ -150,23 +145,23 @@ class Ledger:
 
     def seal(self) -> Head:
         """Make the last COMMITs durable, too; returns the head, which anyone may keep as evidence."""
-        with self._chain.held() as file:
-            self._chain.seal(file)
-        return self._chain.head
+        with self.chain.held() as file:
+            self.chain.seal(file)
+        return self.chain.head
 
     def holds(self, head: Head) -> bool:
         """Whether this ledger goes on from `head`; False when it was rolled back behind it, or is another one."""
         self.read()
-        return self._chain.holds(head)
+        return self.chain.holds(head)
 
     def _settle(self, kind: str, run: str, number: int, taken: Mapping[Account, int], durable: bool) -> None:
-        with self._chain.held() as file:
+        with self.chain.held() as file:
             bodies = []
             for account, steps in taken.items():
                 attempt = self._last[run, account][1]
                 key = {"account": self._numbers[account], "run": run, "round": number, "attempt": attempt}
                 bodies.append({"kind": kind, **key, **({"steps": steps} if kind == "COMMIT" else {})})
-            self._chain.append(file, bodies, durable)
+            self.chain.append(file, bodies, durable)
         self._untouched -= {(run, number, account) for account in taken}
 
     def _over(self, asks: Mapping[Account, tuple[Mechanism, int]]) -> dict[Account, str]:

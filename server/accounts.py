@@ -69,7 +69,7 @@ class Accounts:
         if self.ledger is None:
             self.folder.commit(state, row)
             return
-        self.folder.commit(state, row, self.ledger.head)
+        self.folder.commit(state, row, self.ledger.chain.head)
         self.ledger.commit(self.run, row["round"], {self.asks[name][0]: count for name, count in taken.items()})
 
     def unanswered(self, committed: int) -> Counter[str]:

@@ -214,9 +214,9 @@ def test_a_file_that_is_rolled_back_with_its_head_is_not_what_its_peer_saw(tmp_p
     shutil.copytree(tmp_path, tmp_path / "old")
     seen = opened(path)
     seen.reserve("run", 2, ask(1))
-    assert Ledger(path).holds(seen.head)
-    assert not Ledger(tmp_path / "old" / "l.ledger").holds(seen.head)
-    assert not Ledger(path).holds(Head(seen.head.sequence, "0" * 64))
+    assert Ledger(path).holds(seen.chain.head)
+    assert not Ledger(tmp_path / "old" / "l.ledger").holds(seen.chain.head)
+    assert not Ledger(path).holds(Head(seen.chain.head.sequence, "0" * 64))
 
 
 def test_a_file_that_shrinks_while_it_is_used_is_refused(tmp_path: Path) -> None:
@@ -242,9 +242,9 @@ def test_a_record_that_does_not_follow_is_refused_though_its_digest_fits(tmp_pat
             tmp_path, other := tmp_path.parent / f"{tmp_path.name}-{body['kind']}-{len(body)}-{body['account']}"
         )
         forged = Ledger(other / path.name)
-        forged._chain._take = lambda sequence, body: None
-        with forged._chain.held() as file:
-            forged._chain.append(file, [body])
+        forged.chain._take = lambda sequence, body: None
+        with forged.chain.held() as file:
+            forged.chain.append(file, [body])
         with pytest.raises(Refused, match="does not follow"):
             Ledger(other / path.name).read()
     assert made.accounts[A].history == {}
