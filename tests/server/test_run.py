@@ -190,7 +190,7 @@ def test_a_second_recovery_begins_without_what_clients_held_back_in_the_first(tm
     assert found == {1: 0, 2: 1, 3: 2, 4: 0, 5: 4, 6: 0, 7: 6}
 
 
-@pytest.mark.parametrize("name", ["start.json", "checkpoint.safetensors", "ledger.jsonl"])
+@pytest.mark.parametrize("name", ["start.json", "checkpoint.safetensors"])
 def test_a_run_folder_that_lost_a_file_is_refused_and_left_as_it_is(tmp_path: Path, name: str) -> None:
     scenario, path = made_scenario(federation_of()), tmp_path / "run"
     run(path, scenario)
