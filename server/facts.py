@@ -103,10 +103,10 @@ def _privacy(
             "the noise is seeded (privacy.noise_seed) and can be computed and taken away by anyone who knows the seed"
         )
     spent = {name: state.clients.get(name, Spent()) for name in plans}
-    accounts = [({plan.mechanism: spent[name].steps}, plan.delta) for name, plan in plans.items()]
+    histories = [({plan.mechanism: spent[name].steps}, plan.delta) for name, plan in plans.items()]
     clients, epsilons = [], []
-    for (name, plan), account, certified in zip(
-        plans.items(), accounts, certificate.certify_all(accounts), strict=True
+    for (name, plan), history, certified in zip(
+        plans.items(), histories, certificate.certify_all(histories), strict=True
     ):
         if certified.contradicted:
             why_not = why_not or (
@@ -121,7 +121,7 @@ def _privacy(
                 "epsilon": certified.epsilon,
                 "epsilon_low": certified.low,
                 "epsilon_prv": certified.prv,
-                "epsilon_rdp": dp_sgd.epsilon_rdp(*account),
+                "epsilon_rdp": dp_sgd.epsilon_rdp(*history),
                 "delta": plan.delta,
                 **accounts.total(name),
                 "noise_multiplier": plan.mechanism.noise_multiplier,
