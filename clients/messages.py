@@ -29,6 +29,7 @@ _TASK: dict[str, type] = {
     "state_round": int,
     "deadline": float,
     "clip": float,
+    "update_clip": float,
     "sampling_rate": float,
     "noise_multiplier": float,
     "names": list,
@@ -40,6 +41,7 @@ _REPLY: dict[str, type] = {
     "client": str,
     "examples": int,
     "steps": int,
+    "within": bool,
     "loss": float,
     "correct": int,
     "reason": str,
@@ -103,6 +105,7 @@ def decode_task(record: RecordDict) -> Task:
         deadline=fields["deadline"],
         mechanism=_mechanism(fields),
         clip=fields["clip"],
+        update_clip=fields["update_clip"],
     )
 
 

@@ -57,6 +57,8 @@ class Task:
     """Example-level DP; None: without."""
     clip: float = 0.0
     """Clipping norm of one example's gradient."""
+    update_clip: float = 0.0
+    """Client-level DP: clipping norm of the whole update; 0: without."""
 
 
 @dataclass(frozen=True)
@@ -79,3 +81,5 @@ class Reply:
     """Why there is no result; empty for a good reply."""
     late: bool = False
     """The deadline came before the reply."""
+    within: bool = True
+    """train: whether the update was within the task's update_clip before it was clipped."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clients import codecs, device
 from clients.task import Hello, Reply, Task
-from privacy import dp_sgd
+from privacy import cohort_noise, dp_sgd
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, build_model, predict
 from scenarios.seeds import derive
@@ -79,6 +79,9 @@ def _train(node: Node, task: Task) -> Reply:
     settings = node.settings
     if settings.privacy.unit == "example" and (task.mechanism is None or task.clip != settings.privacy.clip):
         raise Refused("the task is without the differential privacy that this node's settings ask for")
+    norms = {task.update_clip} - {0.0} if settings.privacy.adapt else {settings.privacy.clip}
+    if settings.privacy.unit == "client" and task.update_clip not in norms:
+        raise Refused("the task is without the clipping norm that this node's settings ask for")
     examples = node.federation.client(task.client)
     model = _model(node, task)
     with torch.random.fork_rng(devices=[]):
@@ -86,13 +89,15 @@ def _train(node: Node, task: Task) -> Reply:
         steps = train(model, examples, node.scenario.loss, task, settings.local, settings)
     if not steps:
         return Reply(task.round, task.client, reason="the deadline came before its first step", late=True)
-    update = flatten(model) - task.weights
+    update, within = flatten(model) - task.weights, True
+    if task.update_clip:
+        update, within = cohort_noise.clipped(update, task.update_clip)
     residual = _load_state(node.states, task)
     seed = derive(settings.run.seed, "codec", task.round, task.client)
     payload, residual = codecs.resolve(settings.codec).encode(update, residual, seed)
     if residual is not None:
         _save_state(node.states, task, residual)
-    return Reply(task.round, task.client, payload, len(examples.y), steps)
+    return Reply(task.round, task.client, payload, len(examples.y), steps, within=within)
 
 
 def train(

@@ -11,10 +11,13 @@ History = Mapping["Mechanism", int]
 
 @dataclass(frozen=True, order=True)
 class Mechanism:
-    """One step of DP-SGD: a Poisson sample of the data, clipped gradients summed, Gaussian noise added."""
+    """A Poisson sample, clipped vectors summed, Gaussian noise added.
+
+    A step of DP-SGD over examples and their gradients, or a round over clients and their updates.
+    """
 
     sampling_rate: float
-    """Chance of each example to be in the step's batch; 1: all data, every step."""
+    """Chance of each example (client) to be in the sample; 1: all of them, every step."""
     noise_multiplier: float
     """Standard deviation of the noise in units of the clipping norm."""
 
@@ -27,12 +30,15 @@ class Mechanism:
 
 @dataclass(frozen=True)
 class Plan:
-    """Example-level privacy of one client for a whole run."""
+    """Privacy of one client for a whole run: of its examples, or of the client as a whole."""
 
     mechanism: Mechanism
     clip: float
-    """Clipping norm of one example's gradient."""
+    """Clipping norm of one example's gradient, or of a client's whole update."""
     epsilon: float
     delta: float
+    """What the steps are accounted at."""
     steps: int
-    """The most steps that keep epsilon within budget; a step more is refused."""
+    """The most steps that keep epsilon within budget; a step more is refused. Under client-level DP: rounds."""
+    chance: float = 0.0
+    """Delta spent beside the steps: the chance that a draw of clients falls short (privacy/cohort_noise.py)."""

@@ -41,7 +41,7 @@ def data(settings: Settings) -> Federation:
 
 
 SCENARIO = Scenario(
-    summary="handwritten digits, 20 clients, example-level DP at epsilon 8 (bundled data)",
+    summary="handwritten digits, 20 clients, under DP unless told otherwise (bundled data)",
     settings=Settings(
         partition="dirichlet:0.3",
         rounds=Rounds(number=50, average=4),

@@ -31,7 +31,9 @@ class Run(Section):
 class Rounds(Section):
     number: int = Field(10, ge=1, description="federated rounds")
     fraction: float = Field(1.0, gt=0, le=1, description="share of the fleet that is asked each round")
-    minimum: int = Field(1, ge=1, description="fewest good replies with which a round is applied")
+    minimum: int = Field(
+        1, ge=0, description="fewest good replies (privacy.unit=client: drawn clients) with which a round is applied"
+    )
     average: int = Field(
         1, ge=1, description="how many last rounds are averaged into the final weights (all, where there are fewer)"
     )
@@ -50,7 +52,7 @@ class Server(Section):
     step: str = Field("sgd", description="server optimizer: sgd, momentum, adam, yogi, adagrad")
     combine: str = Field("mean", description="mean, median, trimmed, krum, multikrum")
     weighting: Literal["examples", "uniform"] = Field(
-        "examples", description="what a client's update weighs in the mean"
+        "examples", description="what a client's update weighs in the mean; under privacy.unit=client always uniform"
     )
     normalize: bool = Field(False, description="FedNova: every update counts by its steps' mean, whatever their number")
     rate: float | None = Field(None, gt=0, description="server learning rate; unset: the step's own default")
@@ -62,13 +64,18 @@ class Server(Section):
 
 
 class Privacy(Section):
-    unit: Literal["none", "example"] = Field("none", description="what one change of the data is: none, example")
+    unit: Literal["none", "example", "client"] = Field(
+        "none", description="what one change of the data is: none, example, client (noised by the server)"
+    )
     epsilon: float = Field(8.0, gt=0, description="budget of every client over the whole run, recovery included")
     budget: float | None = Field(
         None, gt=0, description="epsilon of every client over all runs on the same data; unset: recorded, never refused"
     )
-    delta: float | None = Field(None, gt=0, lt=1, description="unset: 1 / (10 x the client's examples)")
-    clip: float = Field(1.0, gt=0, description="clipping norm of one example's gradient")
+    delta: float | None = Field(None, gt=0, lt=1, description="unset: 1 / (10 x the client's examples), or clients")
+    clip: float = Field(1.0, gt=0, description="clipping norm of one example's gradient, or of a client's update")
+    adapt: bool = Field(False, description="client: move the norm towards a quantile of the updates' lengths, under DP")
+    quantile: float = Field(0.5, gt=0, lt=1, description="adapt: share of updates that are to be within the norm")
+    adapt_rate: float = Field(0.2, gt=0, le=1, description="adapt: step of the norm's logarithm")
     max_noise: float = Field(100.0, gt=0, description="largest noise multiplier; more is refused")
     noise_seed: int | None = Field(None, ge=0, description="reproducible noise, for tests and replays: no guarantee")
 

@@ -35,7 +35,7 @@ class Accounts:
 
     folder: RunFolder
     minimum: int = 1
-    """rounds.minimum."""
+    """rounds.minimum, and at least 1."""
     ledger: Ledger | None = None
     run: str = ""
     """The run's name in the ledger."""
@@ -121,9 +121,11 @@ def prepared(
     ledger, asks = Ledger(path), {}
     for name, plan in plans.items():
         account = Account(settings.privacy.unit, name, scenario.dataset or scenario.name)
-        asks[name] = account, plan.mechanism, local_steps(settings.local, roster[name].examples, True)
+        by_client = settings.privacy.unit == "client"  # one mechanism a round, whatever the client does locally
+        steps = 1 if by_client else local_steps(settings.local, roster[name].examples, True)
+        asks[name] = account, plan.mechanism, steps
     ledger.open({asks[name][0]: (settings.privacy.budget, plan.delta) for name, plan in plans.items()})
-    return Accounts(folder, settings.rounds.minimum, ledger, run, asks)
+    return Accounts(folder, max(1, settings.rounds.minimum), ledger, run, asks)
 
 
 def state_folder(named: str) -> Path:

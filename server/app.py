@@ -89,7 +89,8 @@ class _Log:
     """Progress as lines of the run's log."""
 
     def row(self, row: Row) -> None:
-        parts = [f"round {row['round']}: {row['replies']} of {len(row['cohort'])} replies"]
+        came = "a secret draw" if row["replies"] is None else f"{row['replies']} of {len(row['cohort'])} replies"
+        parts = [f"round {row['round']}: {came}"]
         parts += [f"{name} {row[name]:.3f}" for name in ("accuracy", "epsilon") if row[name] is not None]
         _say(", ".join([*parts, f"{row['seconds']:.1f} s"]))
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from clients.task import Hello
-from privacy import accounting
+from privacy import accounting, cohort_noise
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios.settings import Settings
@@ -11,7 +11,7 @@ from server.select import local_steps, sampling_rate
 
 
 def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
-    """The plan of every client that has examples under privacy.unit=example; empty without DP.
+    """The plan of every client that has examples under privacy.unit=example, one for all under client; else empty.
 
     Raises Refused when a client would need more noise than privacy.max_noise, with the smallest epsilon for these
     rounds and the most rounds for this epsilon.
@@ -20,6 +20,12 @@ def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
     if wanted.unit == "none":
         return {}
     total = settings.rounds.number + settings.export.recover_rounds
+    if wanted.unit == "client":
+        fraction, minimum = settings.rounds.fraction, settings.rounds.minimum
+        shared = cohort_noise.plan(
+            len(roster), fraction, total, minimum, wanted.epsilon, wanted.delta, wanted.clip, wanted.max_noise
+        )
+        return dict.fromkeys(sorted(roster), shared)
     made = {}
     for name, client in _holders(roster):
         rate = sampling_rate(settings.local, client.examples)

@@ -32,6 +32,8 @@ class Contribution:
     """What it weighs in the mean, above 0. The other combiners give every client one vote: a liar names any weight."""
     steps: int
     """Local steps taken, at least 1."""
+    within: bool = True
+    """Client-level DP: whether it was within the clipping norm before it was clipped."""
 
     def __post_init__(self) -> None:
         if self.update.ndim != 1 or self.update.dtype != np.float32:
@@ -71,6 +73,18 @@ def mean(contributions: Iterable[Contribution], server: Server) -> Vector | None
     if total is None:
         return None
     return _float32(total * (steps / weight / weight) if server.normalize else total / weight)
+
+
+def total(contributions: Iterable[Contribution], size: int) -> tuple[NDArray[np.float64], float]:
+    """(the plain sum of the updates, float64 (size,), zeros where none came; +1/2 a client within the norm, -1/2 else).
+
+    What client-level DP noises: every client counts once, whatever weight or steps it names.
+    """
+    summed, votes = np.zeros(size), 0.0
+    for one in contributions:
+        summed += one.update
+        votes += 0.5 if one.within else -0.5
+    return summed, votes
 
 
 def median(contributions: Iterable[Contribution], server: Server) -> Vector | None:

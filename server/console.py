@@ -117,6 +117,7 @@ _COLUMNS = ("round", "cohort", "loss", "accuracy", "ε so far", "up", "down", "t
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
     asked, good = len(row["cohort"]), row["replies"]
+    cohort = "secret" if good is None else str(asked) if asked == good else f"{good}/{asked}"
     notes = [
         f"{len(row[key])} {word}"
         for key, word in (("rejected", "rejected"), ("late", "late"), ("skipped", "out"))
@@ -128,7 +129,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
     notes += [f"fleet clock {units.duration(clock)}"] if clock is not None else []
     return [
         str(row["round"]),
-        str(asked) if asked == good else f"{good}/{asked}",
+        cohort,
         units.MISSING if row["loss"] is None else f"{row['loss']:.4f}",
         units.percent(row["accuracy"]),
         units.epsilon(row["epsilon"]),
@@ -192,6 +193,8 @@ def _privacy(run: results.Report) -> RenderableType:
         table.add_row("Worst client", f"ε {worst} of {allowed} allowed")
         table.add_row("Median client", f"ε {units.epsilon(privacy['median_epsilon'])}")
         table.add_row("δ", privacy["delta_rule"])
+        if against := privacy.get("against"):  # a report of an older Umbel has none
+            table.add_row("Holds against", against)
         parts.append(table)
     return Group(*parts)
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from clients.task import Hello
 from clients.training import Node
-from privacy import accounting, certificate, dp_sgd
+from privacy import accounting, certificate, cohort_noise, dp_sgd
 from privacy.plan import Plan
-from scenarios.settings import knobs
+from scenarios.settings import Settings, knobs
+from server import select
 from server.accounts import Accounts
 from server.state import Row, Score, ServerState, Spent
 
@@ -24,6 +25,20 @@ _NOT_COVERED = (
     "constants of the scenario that were chosen by looking at data, and settings tuned in earlier runs",
     "floating-point and generator caveats: Gaussian noise in float32 from a Mersenne Twister seeded by the system",
 )
+_NOT_COVERED_BY_CLIENT = (
+    "the server: it sees the update of each client, clipped and without noise, and who took part",
+    "the names of the clients, how many they are, and the number of examples of each",
+    "the time that each round took, and what the network shows of who took part",
+    *_NOT_COVERED[2:4],
+    "floating-point and generator caveats: Gaussian noise in float64 from a PCG64 generator seeded by the system",
+)
+_AGAINST = {
+    "none": None,
+    "example": "everyone who sees what a client sends: the server, other clients, the network, readers of the model",
+    "client": "readers of the model and of this report, and other clients; not the server, which adds the noise itself",
+}
+_DELTA_RULE = {"example": "1 / (10 x the client's examples)", "client": "1 / (10 x the number of clients)"}
+_ADJACENCY = {"example": accounting.ADJACENCY, "client": cohort_noise.ADJACENCY}
 
 
 def collect(
@@ -68,7 +83,7 @@ def collect(
             "profile": settings.fleet.profile,
             "clients": len(roster),
             "deadline": settings.fleet.deadline,
-            "simulated_seconds": state.clock or None,
+            "simulated_seconds": None if select.secret(settings) else state.clock or None,
             "left_out": _left_out(rows),
             "runtime": runtime,
         },
@@ -76,12 +91,7 @@ def collect(
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
         "settings": values,
         "changed": {name: value for name, value in values.items() if value != defaults[name]},
-        "seeds": "split, partition, initialization, cohorts, batches and devices come from run.seed; "
-        + (
-            "privacy noise comes from privacy.noise_seed"
-            if settings.privacy.noise_seed is not None
-            else "privacy noise never does"
-        ),
+        "seeds": _seeds(settings),
         "seconds": {**seconds, "total": sum(seconds.values())},
     }
 
@@ -122,7 +132,7 @@ def _privacy(
                 "epsilon_low": certified.low,
                 "epsilon_prv": certified.prv,
                 "epsilon_rdp": dp_sgd.epsilon_rdp(*history),
-                "delta": plan.delta,
+                "delta": plan.delta + plan.chance,
                 **accounts.total(name),
                 "noise_multiplier": plan.mechanism.noise_multiplier,
                 "sampling_rate": plan.mechanism.sampling_rate,
@@ -136,9 +146,10 @@ def _privacy(
         "why_not": why_not,
         "epsilon": wanted.epsilon if plans else None,
         "accountant": certificate.ACCOUNTANT if plans else None,
-        "adjacency": accounting.ADJACENCY if plans else None,
-        "delta_rule": _delta_rule(wanted.delta) if plans else None,
-        "clip": wanted.clip if plans else None,
+        "adjacency": _ADJACENCY[wanted.unit] if plans else None,
+        "against": _AGAINST[wanted.unit],
+        "delta_rule": _delta_rule(wanted.unit, wanted.delta) if plans else None,
+        "clip": (state.clip or wanted.clip) if plans else None,
         "ledger": accounts.evidence(),
         "clients": clients,
         "worst_epsilon": max(epsilons, default=None),
@@ -147,12 +158,21 @@ def _privacy(
     }
 
 
-def _delta_rule(delta: float | None) -> str:
-    return "1 / (10 x the client's examples)" if delta is None else f"{delta:g} for every client"
+def _seeds(settings: Settings) -> str:
+    secret, seeded = select.secret(settings), settings.privacy.noise_seed is not None
+    return (
+        f"split, partition, initialization, {'' if secret else 'cohorts, '}batches and devices come from run.seed; "
+        f"privacy noise {'and secret cohorts ' if secret else ''}"
+        f"{'from privacy.noise_seed' if seeded else 'from the entropy of the operating system, never from a seed'}"
+    )
+
+
+def _delta_rule(unit: str, delta: float | None) -> str:
+    return _DELTA_RULE[unit] if delta is None else f"{delta:g} for every client"
 
 
 def _not_covered(node: Node, compared: Mapping[str, Any]) -> list[str]:
-    texts = list(_NOT_COVERED)
+    texts = list(_NOT_COVERED_BY_CLIENT if node.settings.privacy.unit == "client" else _NOT_COVERED)
     if node.settings.evaluation.on == "clients":
         texts.insert(0, "test accuracy and loss that the clients computed, released without noise")
     if any(value is not None for name, value in compared.items() if name.endswith("accuracy")):

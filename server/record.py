@@ -99,6 +99,7 @@ class RunFolder:
             "layout": state.layout,
             "averaged": state.averaged,
             "clock": state.clock,
+            "clip": state.clip,
             "clients": {name: [s.steps, s.rounds, s.last] for name, s in state.clients.items()},
             "row": row,
             "ledger": ledger,
@@ -134,6 +135,7 @@ class RunFolder:
                 average=tensors.get("average"),
                 averaged=rest["averaged"],
                 clock=rest["clock"],
+                clip=rest.get("clip", 0.0),
             )
             row = rest["row"]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

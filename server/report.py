@@ -84,8 +84,11 @@ def _verdict(report: Report) -> Iterator[str]:
         yield "Its privacy account is shown below, but it guarantees nothing in this run."
     else:
         spent, allowed = units.epsilon(privacy["worst_epsilon"]), units.epsilon(privacy["epsilon"])
+        whom, what = "anyone", "one example of a client"
+        if privacy["unit"] == "client":
+            whom, what = "anyone but the server", "one client, all its examples together,"
         yield (
-            f"What anyone can learn about one {privacy['unit']} of a client is bounded: "
+            f"What {whom} can learn about {what} is bounded: "
             f"no client spent more than ε {spent} of the {allowed} allowed; smaller is safer."
         )
     ships = chosen(report)

@@ -12,8 +12,9 @@ import numpy as np
 
 from clients import codecs
 from clients.task import Hello, Reply, Task
-from privacy import accounting
+from privacy import accounting, cohort_noise
 from privacy.plan import Plan
+from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
 from server import combine, select, step
 from server.state import Row, Score, ServerState, Spent
@@ -56,6 +57,7 @@ def rounds(
     names = sorted(roster)
     combined, server_step = combine.resolve(settings.server), step.resolve(settings.server)
     codec = codecs.resolve(settings.codec)
+    central = _central(plans, settings) if settings.privacy.unit == "client" else None
     while state.round < state.until:
         began, number = time.monotonic(), state.round + 1
 
@@ -63,33 +65,37 @@ def rounds(
         spent = {name: client.steps for name, client in state.clients.items()}
         traffic = state.weights.nbytes, codec.bytes(len(state.weights))
         chosen = select.cohort(names, roster, settings, number, traffic, plans, spent)
-        for name, reason in (journal.reserve(number, chosen.steps) if plans and chosen.steps else {}).items():
-            del chosen.steps[name]
-            chosen.skipped.append({"name": name, "reason": reason})
-        tasks = [_task(state, plans, settings, number, name, steps) for name, steps in chosen.steps.items()]
+        clip = state.clip or settings.privacy.clip
+        for name, reason in (journal.reserve(number, chosen.paid) if plans and chosen.paid else {}).items():
+            chosen.leave_out(name, reason)
+        tasks = [_task(state, plans, settings, number, name, steps, clip) for name, steps in chosen.steps.items()]
 
         # train; what comes back is decoded and checked one by one, and combined as it comes
         row = _new_row(state, number, chosen, tasks)
         accepted: dict[str, int] = {}
-        update = combined(_good(fleet.ask(tasks), tasks, roster, settings, codec, row, accepted), settings.server)
+        good = _good(fleet.ask(tasks), tasks, roster, settings, codec, row, accepted)
+        if central is None:
+            update = combined(good, settings.server)
+        else:  # noise, if central: on the sum, whoever replied
+            update, clip = central.release(*combine.total(good, len(state.weights)), clip, _random(settings, number))
 
         # server step
-        if update is None or len(accepted) < settings.rounds.minimum:
-            least = max(settings.rounds.minimum, combine.least(settings.server))
-            row["reason"] = f"{len(accepted)} good replies, {least} are needed"
-        else:
+        row["reason"] = _too_few(chosen, accepted, settings)
+        if update is not None and row["reason"] is None:
             try:
                 weights, step_state = server_step.apply(state.step, state.weights, update)
-                state, row["applied"] = replace(state, weights=weights, step=step_state), True
+                state, row["applied"] = replace(state, weights=weights, step=step_state, clip=clip), True
             except OverflowError as error:
                 row["reason"] = str(error)
 
         # commit: all or nothing
         state = _advance(state, settings, number, chosen, accepted, row)
+        if select.secret(settings):
+            _withhold(row, state, codec, select.cohort_size(len(names), settings) if chosen.paid else 0)
         row["loss"], row["accuracy"], row["worst_client_accuracy"] = score(state)
         row["epsilon"] = worst_epsilon(state, plans)
         row["seconds"] = time.monotonic() - began
-        journal.commit(state, row, accepted)
+        journal.commit(state, row, accepted if central is None else chosen.paid)  # under `client` all pay alike
         yield state, row
 
 
@@ -109,9 +115,16 @@ def worst_epsilon(state: ServerState, plans: Mapping[str, Plan]) -> float | None
 
 
 def _task(
-    state: ServerState, plans: Mapping[str, Plan], settings: Settings, number: int, name: str, steps: int
+    state: ServerState,
+    plans: Mapping[str, Plan],
+    settings: Settings,
+    number: int,
+    name: str,
+    steps: int,
+    clip: float,
 ) -> Task:
-    plan = plans[name] if plans else None  # under DP there is no task without a plan
+    by_example = settings.privacy.unit == "example"
+    plan = plans[name] if by_example else None  # under example-level DP there is no task without a plan
     return Task(
         kind="train",
         round=number,
@@ -124,7 +137,37 @@ def _task(
         deadline=settings.fleet.deadline if settings.fleet.clock == "wall" else 0.0,
         mechanism=plan.mechanism if plan else None,
         clip=plan.clip if plan else 0.0,
+        update_clip=clip if settings.privacy.unit == "client" else 0.0,
     )
+
+
+def _central(plans: Mapping[str, Plan], settings: Settings) -> cohort_noise.CohortNoise:
+    """The noise that the server adds under client-level DP."""
+    wanted = settings.privacy
+    plan = next(iter(plans.values()))  # all share it
+    expected = plan.mechanism.sampling_rate * len(plans)
+    moves = wanted.adapt_rate if wanted.adapt else 0.0
+    return cohort_noise.CohortNoise(plan.mechanism.noise_multiplier, expected, wanted.quantile, moves)
+
+
+def _random(settings: Settings, number: int) -> np.random.Generator:
+    seed = settings.privacy.noise_seed
+    return cohort_noise.generator(None if seed is None else derive(seed, "noise", number))
+
+
+def _too_few(chosen: select.Cohort, accepted: Mapping[str, int], settings: Settings) -> str | None:
+    """Why the round is not applied. Under client-level DP the draw decides: replies would give names away."""
+    if settings.privacy.unit == "client":
+        few = chosen.drawn < settings.rounds.minimum
+        return chosen.reason or (f"fewer than {settings.rounds.minimum} clients were drawn" if few else None)
+    least = max(settings.rounds.minimum, combine.least(settings.server))
+    return f"{len(accepted)} good replies, {least} are needed" if len(accepted) < least else None
+
+
+def _withhold(row: Row, state: ServerState, codec: codecs.Codec, expected: int) -> None:
+    """What would tell who was drawn stays out of the row; bytes are those of the cohort expected."""
+    row.update(cohort=[], replies=None, rejected=[], late=[], skipped=[], simulated_seconds=None)
+    row.update(bytes_up=expected * codec.bytes(len(state.weights)), bytes_down=expected * state.weights.nbytes)
 
 
 def _new_row(state: ServerState, number: int, chosen: select.Cohort, tasks: Sequence[Task]) -> Row:
@@ -168,13 +211,15 @@ def _good(
             if reply.examples != roster[task.client].examples:
                 raise ValueError(f"trained on {reply.examples} examples, had {roster[task.client].examples} at first")
             update = codec.decode(reply.payload, len(task.weights))
+            if task.update_clip:
+                update, _ = cohort_noise.clipped(update, task.update_clip)
         except ValueError as error:
             row["rejected"].append({"name": task.client, "reason": str(error)})
             continue
         row["replies"] += 1
         accepted[task.client] = reply.steps
         weight = float(reply.examples) if settings.server.weighting == "examples" else 1.0
-        yield combine.Contribution(update, weight, reply.steps)
+        yield combine.Contribution(update, weight, reply.steps, reply.within)
 
 
 def _advance(
@@ -185,12 +230,12 @@ def _advance(
     accepted: Mapping[str, int],
     row: Row,
 ) -> ServerState:
-    """The state after round `number`: who was asked has spent, whether its reply came or not; average; clock."""
+    """The state after round `number`: who was to pay has paid, whether a reply came or not; average; clock."""
     clients = dict(state.clients)
-    for name, asked in chosen.steps.items():
+    for name, asked in chosen.paid.items():
         before = clients.get(name, Spent())
         clients[name] = Spent(
-            before.steps + accepted.get(name, asked),
+            before.steps + min(asked, accepted.get(name, asked)),
             before.rounds + 1,
             number if row["applied"] and name in accepted else before.last,
         )

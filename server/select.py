@@ -8,6 +8,7 @@ import numpy as np
 
 from clients.device import step_seconds, transfer_seconds
 from clients.task import Device, Hello
+from privacy import cohort_noise
 from privacy.plan import Plan
 from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
@@ -25,6 +26,18 @@ class Cohort:
     """Cannot do a single step before the deadline, so they are not even asked."""
     seconds: float = 0.0
     """What the round takes on the simulated clock."""
+    drawn: int = 0
+    """How many were drawn, whether they could be asked or not."""
+    paid: dict[str, int] = field(default_factory=dict)
+    """Steps that the round costs, by client: those asked; under client-level DP one for every client, drawn or not."""
+    reason: str | None = None
+    """Why nobody could be asked, where that is so for all."""
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """`name` is not asked and does not pay."""
+        self.steps.pop(name, None)
+        self.paid.pop(name, None)
+        self.skipped.append({"name": name, "reason": reason})
 
 
 def local_steps(local: Local, examples: int, private: bool) -> int:
@@ -42,8 +55,13 @@ def sampling_rate(local: Local, examples: int) -> float:
 
 
 def cohort_size(clients: int, settings: Settings) -> int:
-    """How many of `clients` are drawn each round."""
+    """How many of `clients` are drawn each round; under client-level DP on average."""
     return max(1, round(settings.rounds.fraction * clients))
+
+
+def secret(settings: Settings) -> bool:
+    """Whether nobody may know who was drawn: the draw makes client-level DP cheaper only then."""
+    return settings.privacy.unit == "client" and settings.rounds.fraction < 1
 
 
 def cohort(
@@ -55,23 +73,27 @@ def cohort(
     plans: Mapping[str, Plan],
     spent: Mapping[str, int],
 ) -> Cohort:
-    """The cohort of round `number`, drawn from the run's seed.
+    """The cohort of round `number`, drawn from the run's seed; from the operating system's entropy where it is secret.
 
     names: all clients, sorted. traffic: bytes (down, up) a client. plans: empty without DP. spent: steps by client.
     """
     chosen, fleet = Cohort(), settings.fleet
-    size = cohort_size(len(names), settings)
-    rng = np.random.default_rng(derive(settings.run.seed, "cohort", number))
-    drawn = range(len(names)) if size == len(names) else sorted(rng.choice(len(names), size, replace=False))
+    by_client, by_example = (settings.privacy.unit == unit for unit in ("client", "example"))
+    if by_client and any(spent.get(name, 0) >= plan.steps for name, plan in plans.items()):
+        chosen.reason = f"budget: epsilon {settings.privacy.epsilon:g} does not allow another round"
+        return chosen
+    drawn = _drawn(names, settings, number)
+    chosen.drawn = len(drawn)
     simulated = fleet.clock == "simulated"
-    for name in (names[i] for i in drawn):
+    for name in drawn:
         device, examples = roster[name].device, roster[name].examples
         if not examples:
             chosen.skipped.append({"name": name, "reason": "no examples"})
             continue
-        steps = local_steps(settings.local, examples, bool(plans))
+        steps = local_steps(settings.local, examples, by_example)
         batch = min(settings.local.batch or examples, examples)
-        memory = traffic[0] * (4 + (batch if plans else 0))  # weights, gradient, update, start; a gradient an example
+        gradients = batch if by_example else 0  # one an example
+        memory = traffic[0] * (4 + gradients)  # weights, gradient, update, start
         online = np.random.default_rng(derive(settings.run.seed, "online", number, name)) if simulated else None
         if online is not None and device.availability < 1 and online.random() >= device.availability:
             chosen.skipped.append({"name": name, "reason": "offline"})
@@ -89,9 +111,22 @@ def cohort(
                     chosen.seconds = fleet.deadline
                     continue
             chosen.seconds = max(chosen.seconds, link + steps * step)
-        if plans and spent.get(name, 0) + steps > plans[name].steps:
+        if by_example and spent.get(name, 0) + steps > plans[name].steps:
             reason = f"budget: epsilon {plans[name].epsilon:g} does not allow another round"
             chosen.skipped.append({"name": name, "reason": reason})
             continue
         chosen.steps[name] = steps
+    chosen.paid = dict.fromkeys(names, 1) if by_client else chosen.steps
     return chosen
+
+
+def _drawn(names: Sequence[str], settings: Settings, number: int) -> Sequence[str]:
+    if secret(settings):
+        seed = settings.privacy.noise_seed
+        random = cohort_noise.generator(None if seed is None else derive(seed, "cohort", number))
+        return cohort_noise.sample(names, settings.rounds.fraction, random)
+    size = cohort_size(len(names), settings)
+    if size == len(names):
+        return names
+    rng = np.random.default_rng(derive(settings.run.seed, "cohort", number))
+    return [names[i] for i in sorted(rng.choice(len(names), size, replace=False))]

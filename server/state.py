@@ -55,6 +55,8 @@ class ServerState:
     averaged: int = 0
     clock: float = 0.0
     """Seconds on the simulated clock."""
+    clip: float = 0.0
+    """Clipping norm of the next round's updates, which adaptive clipping moves; 0: as in the settings."""
 
 
 def first_state(model: nn.Module, settings: Settings) -> ServerState:
