@@ -12,6 +12,7 @@ from privacy.certificate import Certificate
 from privacy.plan import Mechanism, Plan
 from scenarios.settings import Settings, override
 from server import facts
+from server.accounts import Accounts
 from server.state import ServerState, Spent
 
 PLANS = {name: Plan(Mechanism(rate, 2.0), 1.0, 8.0, 1e-3, 40) for name, rate in (("a", 0.2), ("b", 1.0))}
@@ -22,7 +23,8 @@ def privacy_of(spent: dict[str, int]) -> dict[str, Any]:
     clients = {name: Spent(steps, 1, 1) for name, steps in spent.items()}
     state = ServerState(np.zeros(1, dtype=np.float32), (), (), 1, clients=clients)  # type: ignore[arg-type]
     roster = {name: Hello(name, 100, "digest") for name in PLANS}
-    return facts._privacy(SimpleNamespace(settings=settings), state, roster, PLANS, {})  # type: ignore[arg-type]
+    unwritten: Any = SimpleNamespace(settings=settings)
+    return facts._privacy(unwritten, state, roster, PLANS, Accounts(folder=unwritten), {})
 
 
 def test_every_client_is_certified_and_stands_inside_the_interval_of_the_other_accountant() -> None:
