@@ -5,6 +5,7 @@ Torch and Opacus are imported by the handlers, since on a device every message s
 
 import hashlib
 import os
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,12 +24,13 @@ app = ClientApp()
 @app.query()
 def hello(message: Message, context: Context) -> Message:
     """Say which client this node is and what it holds, or why it cannot take part."""
-    from clients import messages, training
+    from clients import device, messages, training
 
     nodes = _simulated(context)
     try:
         node, name = _here(context)
-        content = messages.encode_hello(training.hello(node, name), nodes)
+        said = device.said(context.node_config)
+        content = messages.encode_hello(training.hello(node, name, said), nodes)
     except Exception as error:
         content = messages.encode_refusal(_reason(error), nodes)
     return Message(content, reply_to=message)
@@ -47,7 +49,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def _work(content: RecordDict, context: Context) -> RecordDict:
-    from clients import messages, training
+    from clients import device, messages, training
     from clients.task import Reply
 
     try:
@@ -55,6 +57,10 @@ def _work(content: RecordDict, context: Context) -> RecordDict:
         node, name = _here(context)
         if task.client != name:
             raise Refused(f"this node is {name}, the task is for {task.client}")
+        if task.deadline:  # the link takes its part of it: this node's owner knows how fast it is
+            size = task.weights.nbytes
+            link = device.transfer_seconds(device.said(context.node_config), size, size)
+            task = replace(task, deadline=max(1e-9, task.deadline - link))
         reply = training.answer(node, task)
     except Exception as error:
         reply = Reply(round=0, client="", reason=_reason(error))

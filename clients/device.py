@@ -4,6 +4,8 @@ import math
 import os
 import time
 import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +86,21 @@ def draw(name: str, client: str, seed: int) -> Device:
     )
 
 
-def measure(model: nn.Module, x: torch.Tensor, seconds: float = 0.2) -> Device:
+def said(config: Mapping[str, Any]) -> Device:
+    """What a device's owner says of it in the node config: down and up (bytes a second), memory-mb. Raises Refused."""
+    try:
+        down, up, memory = (float(config.get(key, 0)) for key in ("down", "up", "memory-mb"))
+    except (TypeError, ValueError):
+        raise Refused("down, up and memory-mb of the node config must be numbers") from None
+    if not all(math.isfinite(value) and value >= 0 for value in (down, up, memory)):
+        raise Refused("down, up and memory-mb of the node config must be at least 0")
+    return Device(down=down, up=up, memory=int(memory * 2**20))
+
+
+def measure(model: nn.Module, x: torch.Tensor, said: Device = Device(), seconds: float = 0.2) -> Device:
     """This device as it is: examples a second through `model` (forward, backward) on `x` (N, ...), and free memory.
 
-    Its link is not measured; a reply that comes too late shows it.
+    said: what its owner says of its link, which is not measured, and of the memory it may use at most.
     """
     model.train()
     done, began = 0, time.monotonic()
@@ -96,7 +109,8 @@ def measure(model: nn.Module, x: torch.Tensor, seconds: float = 0.2) -> Device:
         torch.autograd.backward(model(x).square().mean())
         done += len(x)
     model.zero_grad()
-    return Device(speed=done / spent, memory=os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return replace(said, speed=done / spent, memory=min(free, said.memory or free))
 
 
 def transfer_seconds(device: Device, bytes_down: int, bytes_up: int) -> float:

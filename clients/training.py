@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from clients import codecs, device
-from clients.task import Hello, Reply, Task
+from clients.task import Device, Hello, Reply, Task
 from privacy import cohort_noise, dp_sgd
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, build_model, predict
@@ -42,13 +42,13 @@ class Node:
         return build_model(self.scenario, self.settings)
 
 
-def hello(node: Node, name: str) -> Hello:
-    """What client `name` says before round 1."""
+def hello(node: Node, name: str, said: Device = Device()) -> Hello:
+    """What client `name` says before round 1. said: what a real device's owner says of it."""
     examples = node.federation.client(name)
     if node.settings.fleet.clock == "simulated":
         ability = device.draw(node.settings.fleet.profile, name, node.settings.run.seed)
     else:
-        ability = device.measure(copy.deepcopy(node.template), examples.x[:32])
+        ability = device.measure(copy.deepcopy(node.template), examples.x[:32], said)
     return Hello(name, len(examples.y), digest(node.states, examples), ability)
 
 

@@ -1,5 +1,6 @@
 """The ClientApp: which client a node is, whose data and state it uses, and what it says when it cannot work."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,25 @@ def test_a_device_is_the_client_that_its_owner_names(scenario: str, tmp_path: Pa
     said = hello(context(scenario, client="b", state=str(tmp_path / "state")))
     assert isinstance(said, Hello)
     assert (said.name, said.examples) == ("b", 4)
+
+
+def test_a_device_says_the_link_and_memory_that_its_owner_named(scenario: str, tmp_path: Path) -> None:
+    owner = {"client": "a", "state": str(tmp_path / "state"), "down": 1000, "up": 500, "memory_mb": 3}
+    said = hello(context(scenario, "fleet.clock=wall", **owner))
+    assert isinstance(said, Hello)
+    assert (said.device.down, said.device.up, said.device.memory) == (1000.0, 500.0, 3 * 2**20)
+    assert said.device.speed > 0
+    owner["down"] = "fast"
+    assert "node config" in str(hello(context(scenario, "fleet.clock=wall", **owner)))
+
+
+def test_the_time_on_the_link_is_taken_off_a_devices_deadline(scenario: str, tmp_path: Path) -> None:
+    task = replace(a_task("a", scenario), deadline=20.0)
+    for down, late in ((0, False), (1, True)):  # 24 bytes of weights at 1 byte a second
+        device = context(scenario, client="a", state=str(tmp_path / "state"), down=down)
+        reply = messages.decode_reply(ask("train", messages.encode_task(task), device), task)
+        assert reply.late is late
+        assert bool(reply.payload) is not late
 
 
 @pytest.mark.parametrize(("number", "name"), [(0, "a"), (1, "b")])

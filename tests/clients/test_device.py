@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from clients.device import draw, measure, profile, step_seconds, transfer_seconds
+from clients.device import draw, measure, profile, said, step_seconds, transfer_seconds
 from clients.task import Device
 from privacy.refused import Refused
 
@@ -61,6 +61,20 @@ def test_links_and_steps_take_time_in_proportion() -> None:
     assert transfer_seconds(device, 2000, 1000) == pytest.approx(4)
     assert step_seconds(device, 50) == pytest.approx(0.5)
     assert transfer_seconds(Device(), 10**9, 10**9) == step_seconds(Device(), 10**9) == 0
+
+
+def test_a_device_says_what_its_owner_said_of_link_and_memory() -> None:
+    owner = said({"client": "a", "down": 1000, "up": "500", "memory-mb": 2})
+    found = measure(nn.Linear(6, 3), torch.randn(8, 6), owner, seconds=0.02)
+    assert (found.down, found.up, found.memory) == (1000.0, 500.0, 2 * 2**20)
+    assert found.speed > 0
+    assert said({"client": "a"}) == Device()
+
+
+@pytest.mark.parametrize("config", [{"down": "fast"}, {"up": -1}, {"memory-mb": float("nan")}, {"down": [1]}])
+def test_a_device_whose_owner_says_nonsense_is_refused_in_one_line(config: dict[str, object]) -> None:
+    with pytest.raises(Refused, match="node config"):
+        said(config)
 
 
 def test_a_device_measures_itself() -> None:
