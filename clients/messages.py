@@ -6,7 +6,7 @@ Every decoder raises ValueError with the reason when keys, types, sizes or range
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,8 @@ _HELLO: dict[str, type] = {
 _LONGEST = 200
 """Characters of a name, a digest or a reason."""
 _SIGNED = {"loss"}
+_NOISED = {"examples", "correct"}
+"""What noise may take below 0, where the task asks for it."""
 
 
 def encode_weights(weights: Vector) -> ArrayRecord:
@@ -121,7 +123,8 @@ def decode_reply(record: RecordDict, task: Task) -> Reply:
 
     A payload may hold 16 bytes a weight and 64 KiB more, several times what any codec needs.
     """
-    fields = _fields(record, _REPLY, {_FIELDS, _ARRAYS})
+    noised = task.kind == "evaluate" and task.mechanism is not None
+    fields = _fields(record, _REPLY, {_FIELDS, _ARRAYS}, _SIGNED | _NOISED if noised else _SIGNED)
     if fields["reason"]:
         return Reply(task.round, task.client, reason=_shown(fields["reason"]), late=fields["late"])
     if (fields["round"], fields["client"]) != (task.round, task.client):
@@ -173,7 +176,9 @@ def _array(data: bytes, dtype: str, size: int, stype: str) -> ArrayRecord:
     return ArrayRecord({_FLAT: Array(dtype=dtype, shape=(size,), stype=stype, data=data)})
 
 
-def _fields(record: RecordDict, kinds: Mapping[str, type], records: set[str]) -> dict[str, Any]:
+def _fields(
+    record: RecordDict, kinds: Mapping[str, type], records: set[str], signed: Collection[str] = ()
+) -> dict[str, Any]:
     if set(record) != records:
         raise ValueError(f"a message with the records {_shown(', '.join(sorted(map(str, record))))!r}")
     config = record[_FIELDS]
@@ -185,7 +190,8 @@ def _fields(record: RecordDict, kinds: Mapping[str, type], records: set[str]) ->
             raise ValueError(f"{name} is a {type(value).__name__}, not a {kind.__name__}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} is {value}")
-        if isinstance(value, int | float) and not (0 <= value <= 2**53) and name not in _SIGNED:
+        least = -(2**53) if name in signed else 0
+        if isinstance(value, int | float) and not (least <= value <= 2**53):
             raise ValueError(f"{name} is out of range: {value}")
     return dict(config)
 

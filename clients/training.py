@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clients import codecs, device
 from clients.task import Device, Hello, Reply, Task
-from privacy import cohort_noise, dp_sgd
+from privacy import cohort_noise, dp_sgd, noisy_counts
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, build_model, predict
 from scenarios.seeds import derive
@@ -77,10 +77,10 @@ def answer(node: Node, task: Task) -> Reply:
 
 def _train(node: Node, task: Task) -> Reply:
     settings = node.settings
-    if settings.privacy.unit == "example" and (task.mechanism is None or task.clip != settings.privacy.clip):
+    if settings.privacy.by_example and (task.mechanism is None or task.clip != settings.privacy.clip):
         raise Refused("the task is without the differential privacy that this node's settings ask for")
-    norms = {task.update_clip} - {0.0} if settings.privacy.adapt else {settings.privacy.clip}
-    if settings.privacy.unit == "client" and task.update_clip not in norms:
+    norms = {task.update_clip} - {0.0} if settings.privacy.adapt else {settings.privacy.update_norm}
+    if settings.privacy.by_client and task.update_clip not in norms:
         raise Refused("the task is without the clipping norm that this node's settings ask for")
     examples = node.federation.client(task.client)
     model = _model(node, task)
@@ -170,9 +170,16 @@ def evaluate(model: nn.Module, examples: Examples, loss: Callable[[Tensor, Tenso
 def _evaluate(node: Node, task: Task) -> Reply:
     if node.federation.client_test is None:
         raise Refused(f"scenario {node.scenario.name} gives its clients no test data: set evaluation.on=server")
+    if node.settings.evaluation.epsilon is not None and task.mechanism is None:
+        raise Refused("the task is without the noise on test results that this node's settings ask for")
     examples = node.federation.client_test(task.client)
     loss, correct = evaluate(_model(node, task), examples, node.scenario.loss)
-    return Reply(task.round, task.client, examples=len(examples.y), loss=loss, correct=correct)
+    if task.mechanism is None:
+        return Reply(task.round, task.client, examples=len(examples.y), loss=loss, correct=correct)
+    seed = node.settings.privacy.noise_seed
+    random = cohort_noise.generator(None if seed is None else derive(seed, "tests", task.round, task.client))
+    right, count = noisy_counts.noised(correct, len(examples.y), task.mechanism, random)
+    return Reply(task.round, task.client, examples=count, correct=right)
 
 
 def _model(node: Node, task: Task) -> nn.Module:

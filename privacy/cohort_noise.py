@@ -95,7 +95,15 @@ class CohortNoise:
 
 
 def plan(
-    clients: int, rate: float, rounds: int, minimum: int, epsilon: float, delta: float | None, clip: float, most: float
+    clients: int,
+    rate: float,
+    rounds: int,
+    minimum: int,
+    epsilon: float,
+    delta: float | None,
+    clip: float,
+    most: float,
+    setting: str = "privacy.epsilon",
 ) -> Plan:
     """The one plan that all clients share: each of `rounds` rounds is a step of it, drawn or not.
 
@@ -121,7 +129,7 @@ def plan(
         noise, least, longest = _calibrate(rate, rounds, epsilon, left, most)
     if noise is None:
         raise Refused(
-            f"privacy.epsilon={epsilon:g} cannot be reached for {clients} clients in {rounds} rounds, recovery "
+            f"{setting}={epsilon:g} cannot be reached for {clients} clients in {rounds} rounds, recovery "
             f"included, with privacy.max_noise={most:g}: the smallest epsilon for these rounds is {least:.4g}, the "
             f"most rounds for this epsilon are {longest}"
         )

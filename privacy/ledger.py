@@ -62,6 +62,7 @@ class Ledger:
         self._numbers: dict[Account, int] = {}  # the sequence number of an account's first OPEN: its short name
         self._names: dict[int, Account] = {}
         self._open: dict[tuple[str, Account], list[_Attempt]] = {}  # reservations without COMMIT or VOID, by run
+        self._charged: Counter[tuple[str, Account]] = Counter()
         self._last: dict[tuple[str, Account], tuple[int, int]] = {}  # (round, attempt) of the newest reservation
         self._untouched: set[tuple[str, int, Account]] = set()  # reserved here: their data cannot have been touched
         self.chain = Chain(path, self._take)
@@ -134,13 +135,17 @@ class Ledger:
             raise Refused(f"round {number} of run {run} may have touched data: what it reserved stays spent")
         self._settle("VOID", run, number, dict.fromkeys(accounts, 0), durable=True)
 
-    def unanswered(self, run: str, committed: int) -> Counter[str]:
-        """Steps by client that `run` reserved for rounds after `committed`: they count as spent."""
-        spent: Counter[str] = Counter()
+    def of_run(self, run: str, account: Account) -> int:
+        """Steps that `run` has charged to the account, as far as was read; void ones not counted."""
+        return self._charged[run, account]
+
+    def unanswered(self, run: str, committed: int) -> Counter[Account]:
+        """Steps by account that `run` reserved for rounds after `committed`: they count as spent."""
+        spent: Counter[Account] = Counter()
         with self.chain.held(write=False):
             for (owner, account), attempts in self._open.items():
                 if owner == run:
-                    spent[account.client] += sum(attempt.steps for attempt in attempts if attempt.round > committed)
+                    spent[account] += sum(attempt.steps for attempt in attempts if attempt.round > committed)
         return +spent
 
     def seal(self) -> Head:
@@ -194,6 +199,7 @@ class Ledger:
                 attempt = _Attempt(name, number, Mechanism(*body["mechanism"]), body["steps"])
                 pending.append(attempt)
                 history[attempt.mechanism] += attempt.steps
+                self._charged[body["run"], account] += attempt.steps
                 self._last[body["run"], account] = number, name
             else:
                 (attempt,) = (each for each in pending if (each.number, each.round) == (name, number))
@@ -201,5 +207,6 @@ class Ledger:
                     raise ValueError("no such record")
                 pending.remove(attempt)
                 history[attempt.mechanism] -= attempt.steps - taken
+                self._charged[body["run"], account] -= attempt.steps - taken
         if self.records is not None:
             self.records.append(body)

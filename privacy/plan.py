@@ -42,3 +42,5 @@ class Plan:
     """The most steps that keep epsilon within budget; a step more is refused. Under client-level DP: rounds."""
     chance: float = 0.0
     """Delta spent beside the steps: the chance that a draw of clients falls short (privacy/cohort_noise.py)."""
+    whole: "Plan | None" = None
+    """Where the client has a promise for each example and one for itself: the second, which all clients share."""

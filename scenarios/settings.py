@@ -64,20 +64,39 @@ class Server(Section):
 
 
 class Privacy(Section):
-    unit: Literal["none", "example", "client"] = Field(
-        "none", description="what one change of the data is: none, example, client (noised by the server)"
+    unit: Literal["none", "example", "client", "both"] = Field(
+        "none", description="what one change of the data is: none, example, client (noised by the server), both"
     )
     epsilon: float = Field(8.0, gt=0, description="budget of every client over the whole run, recovery included")
+    client_epsilon: float | None = Field(
+        None, gt=0, description="both: the budget of a client as a whole; unset: privacy.epsilon, as for its examples"
+    )
     budget: float | None = Field(
         None, gt=0, description="epsilon of every client over all runs on the same data; unset: recorded, never refused"
     )
     delta: float | None = Field(None, gt=0, lt=1, description="unset: 1 / (10 x the client's examples), or clients")
     clip: float = Field(1.0, gt=0, description="clipping norm of one example's gradient, or of a client's update")
+    update_clip: float = Field(1.0, gt=0, description="both: clipping norm of a client's update")
     adapt: bool = Field(False, description="client: move the norm towards a quantile of the updates' lengths, under DP")
     quantile: float = Field(0.5, gt=0, lt=1, description="adapt: share of updates that are to be within the norm")
     adapt_rate: float = Field(0.2, gt=0, le=1, description="adapt: step of the norm's logarithm")
     max_noise: float = Field(100.0, gt=0, description="largest noise multiplier; more is refused")
     noise_seed: int | None = Field(None, ge=0, description="reproducible noise, for tests and replays: no guarantee")
+
+    @property
+    def by_example(self) -> bool:
+        """Whether the clients clip and noise the gradients of single examples."""
+        return self.unit in ("example", "both")
+
+    @property
+    def by_client(self) -> bool:
+        """Whether whole updates are clipped and the server noises their sum."""
+        return self.unit in ("client", "both")
+
+    @property
+    def update_norm(self) -> float:
+        """Clipping norm of a client's update where `by_client` holds."""
+        return self.update_clip if self.unit == "both" else self.clip
 
 
 class Fleet(Section):
@@ -92,6 +111,12 @@ class Fleet(Section):
 
 class Evaluation(Section):
     on: Literal["server", "clients"] = Field("server", description="who holds the test data")
+    every: int = Field(1, ge=1, description="evaluate after every so many rounds, and at the end")
+    epsilon: float | None = Field(
+        None,
+        gt=0,
+        description="clients: budget of a client's test examples, whose counts are noised; unset: as they are",
+    )
 
 
 class Export(Section):

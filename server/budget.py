@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from clients.task import Hello
-from privacy import accounting, cohort_noise
+from privacy import accounting, cohort_noise, noisy_counts
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios.settings import Settings
@@ -13,6 +13,8 @@ from server.select import local_steps, sampling_rate
 def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
     """The plan of every client that has examples under privacy.unit=example, one for all under client; else empty.
 
+    Under both each client with examples has its own plan, and in it the one of the client as a whole.
+
     Raises Refused when a client would need more noise than privacy.max_noise, with the smallest epsilon for these
     rounds and the most rounds for this epsilon.
     """
@@ -21,21 +23,42 @@ def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
         return {}
     total = settings.rounds.number + settings.export.recover_rounds
     if wanted.unit == "client":
-        fraction, minimum = settings.rounds.fraction, settings.rounds.minimum
-        shared = cohort_noise.plan(
-            len(roster), fraction, total, minimum, wanted.epsilon, wanted.delta, wanted.clip, wanted.max_noise
-        )
-        return dict.fromkeys(sorted(roster), shared)
-    made = {}
-    for name, client in _holders(roster):
+        return dict.fromkeys(sorted(roster), _whole(len(roster), settings, total, wanted.epsilon))
+    made, holders = {}, _holders(roster)
+    whole = None
+    if wanted.unit == "both" and holders:
+        whole = _whole(len(holders), settings, total, wanted.client_epsilon or wanted.epsilon)
+    for name, client in holders:
         rate = sampling_rate(settings.local, client.examples)
         steps = total * local_steps(settings.local, client.examples, True)
         delta = wanted.delta or accounting.default_delta(client.examples)
         if accounting.epsilon({Mechanism(rate, wanted.max_noise): steps}, delta) > wanted.epsilon:
             raise Refused(_unreachable(roster, settings, total))
         noise = accounting.calibrate(rate, steps, wanted.epsilon, delta, wanted.max_noise)
-        made[name] = Plan(Mechanism(rate, noise), wanted.clip, wanted.epsilon, delta, steps)
+        made[name] = Plan(Mechanism(rate, noise), wanted.clip, wanted.epsilon, delta, steps, whole=whole)
     return made
+
+
+def test_plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
+    """The plan of every client's test examples: so many noised evaluations; empty where they are not noised.
+
+    The server does not know how many they are: delta is that of the client's training examples.
+    """
+    wanted = settings.evaluation
+    if wanted.epsilon is None:
+        return {}
+    times = (settings.rounds.number + settings.export.recover_rounds) // wanted.every + 1  # and once at the end
+    return {
+        name: noisy_counts.plan(times, wanted.epsilon, settings.privacy.delta, client.examples)
+        for name, client in _holders(roster)
+    }
+
+
+def _whole(clients: int, settings: Settings, total: int, epsilon: float) -> Plan:
+    wanted, asked = settings.privacy, settings.rounds
+    bounds = wanted.update_norm, wanted.max_noise
+    named = "privacy.client_epsilon" if wanted.client_epsilon else "privacy.epsilon"
+    return cohort_noise.plan(clients, asked.fraction, total, asked.minimum, epsilon, wanted.delta, *bounds, named)
 
 
 def _unreachable(roster: Mapping[str, Hello], settings: Settings, total: int) -> str:

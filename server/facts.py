@@ -5,15 +5,15 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 from clients.task import Hello
 from clients.training import Node
 from privacy import accounting, certificate, cohort_noise, dp_sgd
-from privacy.plan import Plan
+from privacy.plan import History, Plan
 from scenarios.settings import Settings, knobs
 from server import select
-from server.accounts import Accounts
+from server.accounts import Accounts, Charge
 from server.state import Row, Score, ServerState, Spent
 
 SCHEMA = 1
@@ -32,13 +32,15 @@ _NOT_COVERED_BY_CLIENT = (
     *_NOT_COVERED[2:4],
     "floating-point and generator caveats: Gaussian noise in float64 from a PCG64 generator seeded by the system",
 )
-_AGAINST = {
+_AGAINST: dict[str, str | None] = {
     "none": None,
     "example": "everyone who sees what a client sends: the server, other clients, the network, readers of the model",
     "client": "readers of the model and of this report, and other clients; not the server, which adds the noise itself",
 }
 _DELTA_RULE = {"example": "1 / (10 x the client's examples)", "client": "1 / (10 x the number of clients)"}
 _ADJACENCY = {"example": accounting.ADJACENCY, "client": cohort_noise.ADJACENCY}
+for _texts in (_AGAINST, _DELTA_RULE, _ADJACENCY):
+    _texts["both"] = f"of an example: {_texts['example']}; of a client as a whole: {_texts['client']}"
 
 
 def collect(
@@ -46,6 +48,7 @@ def collect(
     state: ServerState,
     roster: Mapping[str, Hello],
     plans: Mapping[str, Plan],
+    tests: Mapping[str, Plan],
     accounts: Accounts,
     rows: Sequence[Row],
     final: Score,
@@ -77,7 +80,7 @@ def collect(
             "reason": None if final.accuracy is not None else "no client evaluated the final weights",
         },
         "reference": {key: value for key, value in compared.items() if key != "seconds"},
-        "privacy": _privacy(node, state, roster, plans, accounts, compared),
+        "privacy": _privacy(node, state, roster, plans, tests, accounts, compared),
         "bytes": {key: sum(row[f"bytes_{key}"] for row in rows) for key in ("up", "down")},
         "fleet": {
             "profile": settings.fleet.profile,
@@ -101,6 +104,7 @@ def _privacy(
     state: ServerState,
     roster: Mapping[str, Hello],
     plans: Mapping[str, Plan],
+    tests: Mapping[str, Plan],
     accounts: Accounts,
     compared: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -113,33 +117,37 @@ def _privacy(
             "the noise is seeded (privacy.noise_seed) and can be computed and taken away by anyone who knows the seed"
         )
     spent = {name: state.clients.get(name, Spent()) for name in plans}
-    histories = [({plan.mechanism: spent[name].steps}, plan.delta) for name, plan in plans.items()]
-    clients, epsilons = [], []
-    for (name, plan), history, certified in zip(
-        plans.items(), histories, certificate.certify_all(histories), strict=True
-    ):
-        if certified.contradicted:
+    promises = [_Promise("", name, plan, spent[name].steps, accounts.charge(name)) for name, plan in plans.items()]
+    promises += [
+        _Promise("whole", name, plan.whole, spent[name].whole, accounts.charge(name, 1))
+        for name, plan in plans.items()
+        if plan.whole
+    ]
+    promises += [
+        _Promise("tests", name, plan, accounts.evaluations(name, plan.steps), accounts.charge(name, tests=True))
+        for name, plan in tests.items()
+    ]
+    entries: dict[str, dict[str, Any]] = {"": {}, "whole": {}, "tests": {}}
+    certified = certificate.certify_all([promise.history for promise in promises])
+    for promise, proof in zip(promises, certified, strict=True):
+        if proof.contradicted:
             why_not = why_not or (
-                f"two accountants contradict each other on client {name}: claimed {certified.epsilon:.6g}, "
-                f"at least {certified.low:.6g} by Opacus' PRV"
+                f"two accountants contradict each other on client {promise.client}: claimed {proof.epsilon:.6g}, "
+                f"at least {proof.low:.6g} by Opacus' PRV"
             )
-        epsilons.append(certified.epsilon)
-        clients.append(
-            {
-                "name": name,
-                "examples": roster[name].examples,
-                "epsilon": certified.epsilon,
-                "epsilon_low": certified.low,
-                "epsilon_prv": certified.prv,
-                "epsilon_rdp": dp_sgd.epsilon_rdp(*history),
-                "delta": plan.delta + plan.chance,
-                **accounts.total(name),
-                "noise_multiplier": plan.mechanism.noise_multiplier,
-                "sampling_rate": plan.mechanism.sampling_rate,
-                "steps": spent[name].steps,
-                "rounds": spent[name].rounds,
-            }
-        )
+        entries[promise.kind][promise.client] = promise.entry(proof) | accounts.total(promise.charge)
+    clients = [
+        {
+            "name": name,
+            "examples": roster[name].examples,
+            **entry,
+            "rounds": spent[name].rounds,
+            "whole": entries["whole"].get(name),
+            "tests": entries["tests"].get(name),
+        }
+        for name, entry in entries[""].items()
+    ]
+    epsilons = [entry["epsilon"] for entry in entries[""].values()]
     return {
         "unit": wanted.unit,
         "guarantee": why_not is None,
@@ -149,13 +157,42 @@ def _privacy(
         "adjacency": _ADJACENCY[wanted.unit] if plans else None,
         "against": _AGAINST[wanted.unit],
         "delta_rule": _delta_rule(wanted.unit, wanted.delta) if plans else None,
-        "clip": (state.clip or wanted.clip) if plans else None,
+        "clip": (wanted.clip if wanted.by_example else state.clip or wanted.clip) if plans else None,
+        "update_clip": (state.clip or wanted.update_clip) if wanted.unit == "both" else None,
         "ledger": accounts.evidence(),
         "clients": clients,
         "worst_epsilon": max(epsilons, default=None),
         "median_epsilon": statistics.median(epsilons) if epsilons else None,
+        "worst_whole_epsilon": max((entry["epsilon"] for entry in entries["whole"].values()), default=None),
+        "worst_tests_epsilon": max((entry["epsilon"] for entry in entries["tests"].values()), default=None),
         "not_covered": _not_covered(node, compared) if plans else [],
     }
+
+
+class _Promise(NamedTuple):
+    """One account of one client in this run: its examples' (or its own, by the unit), its own, its test examples'."""
+
+    kind: str
+    client: str
+    plan: Plan
+    steps: int
+    charge: Charge | None
+
+    @property
+    def history(self) -> tuple[History, float]:
+        return {self.plan.mechanism: self.steps}, self.plan.delta
+
+    def entry(self, proof: certificate.Certificate) -> dict[str, Any]:
+        return {
+            "epsilon": proof.epsilon,
+            "epsilon_low": proof.low,
+            "epsilon_prv": proof.prv,
+            "epsilon_rdp": dp_sgd.epsilon_rdp(*self.history),
+            "delta": self.plan.delta + self.plan.chance,
+            "noise_multiplier": self.plan.mechanism.noise_multiplier,
+            "sampling_rate": self.plan.mechanism.sampling_rate,
+            "steps": self.steps,
+        }
 
 
 def _seeds(settings: Settings) -> str:
@@ -173,7 +210,11 @@ def _delta_rule(unit: str, delta: float | None) -> str:
 
 def _not_covered(node: Node, compared: Mapping[str, Any]) -> list[str]:
     texts = list(_NOT_COVERED_BY_CLIENT if node.settings.privacy.unit == "client" else _NOT_COVERED)
-    if node.settings.evaluation.on == "clients":
+    if node.settings.privacy.unit == "both":
+        texts.insert(
+            0, "a client as a whole against the server, which sees its update noised for single examples alone"
+        )
+    if node.settings.evaluation.on == "clients" and node.settings.evaluation.epsilon is None:
         texts.insert(0, "test accuracy and loss that the clients computed, released without noise")
     if any(value is not None for name, value in compared.items() if name.endswith("accuracy")):
         texts.append("the accuracies of the reference runs, which train on the clients' data without privacy")

@@ -100,7 +100,7 @@ class RunFolder:
             "averaged": state.averaged,
             "clock": state.clock,
             "clip": state.clip,
-            "clients": {name: [s.steps, s.rounds, s.last] for name, s in state.clients.items()},
+            "clients": {name: [s.steps, s.rounds, s.last, s.whole] for name, s in state.clients.items()},
             "row": row,
             "ledger": ledger,
         }

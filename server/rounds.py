@@ -57,15 +57,14 @@ def rounds(
     names = sorted(roster)
     combined, server_step = combine.resolve(settings.server), step.resolve(settings.server)
     codec = codecs.resolve(settings.codec)
-    central = _central(plans, settings) if settings.privacy.unit == "client" else None
+    central = _central(plans, settings) if settings.privacy.by_client else None
     while state.round < state.until:
         began, number = time.monotonic(), state.round + 1
 
         # who is asked, and may they: what they could release is written down before any task goes out
-        spent = {name: client.steps for name, client in state.clients.items()}
         traffic = state.weights.nbytes, codec.bytes(len(state.weights))
-        chosen = select.cohort(names, roster, settings, number, traffic, plans, spent)
-        clip = state.clip or settings.privacy.clip
+        chosen = select.cohort(names, roster, settings, number, traffic, plans, state.clients)
+        clip = state.clip or settings.privacy.update_norm
         for name, reason in (journal.reserve(number, chosen.paid) if plans and chosen.paid else {}).items():
             chosen.leave_out(name, reason)
         tasks = [_task(state, plans, settings, number, name, steps, clip) for name, steps in chosen.steps.items()]
@@ -89,13 +88,14 @@ def rounds(
                 row["reason"] = str(error)
 
         # commit: all or nothing
-        state = _advance(state, settings, number, chosen, accepted, row)
+        taken = accepted if central is None else chosen.paid  # where the draw is secret all pay alike
+        state = _advance(state, settings, number, chosen, accepted, taken, row)
         if select.secret(settings):
             _withhold(row, state, codec, select.cohort_size(len(names), settings) if chosen.paid else 0)
         row["loss"], row["accuracy"], row["worst_client_accuracy"] = score(state)
         row["epsilon"] = worst_epsilon(state, plans)
         row["seconds"] = time.monotonic() - began
-        journal.commit(state, row, accepted if central is None else chosen.paid)  # under `client` all pay alike
+        journal.commit(state, row, taken)
         yield state, row
 
 
@@ -123,8 +123,7 @@ def _task(
     steps: int,
     clip: float,
 ) -> Task:
-    by_example = settings.privacy.unit == "example"
-    plan = plans[name] if by_example else None  # under example-level DP there is no task without a plan
+    plan = plans[name] if settings.privacy.by_example else None  # under example-level DP no task is without a plan
     return Task(
         kind="train",
         round=number,
@@ -137,14 +136,15 @@ def _task(
         deadline=settings.fleet.deadline if settings.fleet.clock == "wall" else 0.0,
         mechanism=plan.mechanism if plan else None,
         clip=plan.clip if plan else 0.0,
-        update_clip=clip if settings.privacy.unit == "client" else 0.0,
+        update_clip=clip if settings.privacy.by_client else 0.0,
     )
 
 
 def _central(plans: Mapping[str, Plan], settings: Settings) -> cohort_noise.CohortNoise:
     """The noise that the server adds under client-level DP."""
     wanted = settings.privacy
-    plan = next(iter(plans.values()))  # all share it
+    first = next(iter(plans.values()))
+    plan = first.whole or first  # all share it
     expected = plan.mechanism.sampling_rate * len(plans)
     moves = wanted.adapt_rate if wanted.adapt else 0.0
     return cohort_noise.CohortNoise(plan.mechanism.noise_multiplier, expected, wanted.quantile, moves)
@@ -157,7 +157,7 @@ def _random(settings: Settings, number: int) -> np.random.Generator:
 
 def _too_few(chosen: select.Cohort, accepted: Mapping[str, int], settings: Settings) -> str | None:
     """Why the round is not applied. Under client-level DP the draw decides: replies would give names away."""
-    if settings.privacy.unit == "client":
+    if settings.privacy.by_client:
         few = chosen.drawn < settings.rounds.minimum
         return chosen.reason or (f"fewer than {settings.rounds.minimum} clients were drawn" if few else None)
     least = max(settings.rounds.minimum, combine.least(settings.server))
@@ -228,6 +228,7 @@ def _advance(
     number: int,
     chosen: select.Cohort,
     accepted: Mapping[str, int],
+    taken: Mapping[str, int],
     row: Row,
 ) -> ServerState:
     """The state after round `number`: who was to pay has paid, whether a reply came or not; average; clock."""
@@ -235,9 +236,10 @@ def _advance(
     for name, asked in chosen.paid.items():
         before = clients.get(name, Spent())
         clients[name] = Spent(
-            before.steps + min(asked, accepted.get(name, asked)),
+            before.steps + min(asked, taken.get(name, asked)),
             before.rounds + 1,
             number if row["applied"] and name in accepted else before.last,
+            before.whole + (settings.privacy.unit == "both"),
         )
     average, averaged = state.average, state.averaged
     if state.phase == "train" and number > state.until - settings.rounds.average:

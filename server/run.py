@@ -20,7 +20,8 @@ from server.accounts import Accounts, Exhausted
 from server.record import RunFolder, save_named
 from server.references import references
 from server.rounds import Fleet, rounds
-from server.score import scorer
+from server.score import NOTHING, scorer
+from server.score import check as check_score
 from server.state import Row, Score, ServerState, Spent, final_weights, first_state
 
 
@@ -47,6 +48,8 @@ class Job:
     fleet: Fleet
     roster: Mapping[str, Hello]
     plans: Mapping[str, Plan]
+    tests: Mapping[str, Plan]
+    """The plans of the clients' test examples, where what is said of them is noised."""
     accounts: Accounts
     committed: ServerState | None
     """The last committed state; None before round 1."""
@@ -114,26 +117,29 @@ def prepare(
         progress.status("waiting for the clients' first word")
         roster = fleet.hello()
         _enough(roster, settings)
-        score = scorer(node, fleet, sorted(roster))
-        if settings.privacy.unit == "example":
+        check_score(node)
+        if settings.privacy.by_example:
             dp_sgd.check_apart(node.template, scenario.loss, *node.federation.validation)
         held = {"validation": node.federation.validation, "test": node.federation.test}
         server_data = {name: digest(folder.states, part) for name, part in held.items() if part is not None}
         if start is None:
             progress.status("calibrating noise")
             plans = budget.plans(roster, settings)
-            charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, None)
+            tests = budget.test_plans(roster, settings)
+            charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, None, tests)
             _write_start(folder, roster, plans, server_data, settings, charged)
         else:
             plans = _read_plans(start)
             _same_data(start, roster, server_data)
             roster = {name: roster[name] for name in sorted(start["clients"])}  # who came later has no plan
-            charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, start)
+            tests = budget.test_plans(roster, settings)
+            charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, start, tests)
+        score = scorer(node, fleet, sorted(roster), tests, charged.reserve_tests)
     except Refused:
         if start is None:
             folder.discard()
         raise
-    return Job(node, folder, fleet, roster, plans, charged, committed, progress, score, stop, runtime)
+    return Job(node, folder, fleet, roster, plans, tests, charged, committed, progress, score, stop, runtime)
 
 
 def check(scenario: Scenario, settings: Settings) -> None:
@@ -143,18 +149,27 @@ def check(scenario: Scenario, settings: Settings) -> None:
     step.resolve(settings.server)
     profile(settings.fleet.profile)
     model = build_model(scenario, settings)
-    if settings.privacy.unit == "example":
+    if settings.privacy.by_example:
         dp_sgd.check(model)
     if settings.privacy.budget is not None and settings.privacy.unit == "none":
         raise Refused(
-            "privacy.budget limits what is spent under DP: set privacy.unit=example or client, or leave it out"
+            "privacy.budget limits what is spent under DP: set privacy.unit=example, client or both, or leave it out"
         )
     if settings.privacy.budget is not None and settings.privacy.noise_seed is not None:
         raise Refused("privacy.budget cannot be kept with privacy.noise_seed, which promises nothing: leave one out")
-    if settings.privacy.unit == "client":
+    if settings.privacy.by_client:
         cohort_noise.check(model, settings.server.combine, settings.server.normalize)
     elif settings.privacy.adapt:
         raise Refused(f"privacy.adapt is for privacy.unit=client, not {settings.privacy.unit}: set privacy.adapt=false")
+    if settings.privacy.client_epsilon is not None and settings.privacy.unit != "both":
+        raise Refused("privacy.client_epsilon is for privacy.unit=both: elsewhere privacy.epsilon is the one budget")
+    if settings.evaluation.epsilon is not None and (
+        settings.evaluation.on == "server" or settings.privacy.unit == "none"
+    ):
+        raise Refused(
+            "evaluation.epsilon noises what clients say of their test data in a run with DP: set evaluation.on=clients "
+            "and a privacy.unit, or leave it out"
+        )
 
 
 def _enough(roster: Mapping[str, Hello], settings: Settings) -> None:
@@ -174,8 +189,12 @@ def _federate(job: Job, state: ServerState) -> ServerState:
     Raises Stopped when the ledger has too few clients left that can pay; recovery then ends early instead.
     """
     settings = job.node.settings
+
+    def score(state: ServerState) -> Score:
+        return NOTHING if state.round % settings.evaluation.every else job.score(state)
+
     try:
-        for state, row in rounds(job.fleet, job.roster, job.plans, state, settings, job.accounts, job.score):  # noqa: B020
+        for state, row in rounds(job.fleet, job.roster, job.plans, state, settings, job.accounts, score):  # noqa: B020
             job.progress.row(row)
             if job.stop():
                 raise Stopped(f"stopped after round {state.round}: `umbel resume {job.folder.path}` goes on")
@@ -200,7 +219,18 @@ def _ship(job: Job, state: ServerState, compared: Mapping[str, Any]) -> dict[str
     }
     job.progress.status("writing the report")
     whole = facts.collect(
-        job.node, after, job.roster, job.plans, job.accounts, rows, at_end, compared, shipped, seconds, job.runtime
+        job.node,
+        after,
+        job.roster,
+        job.plans,
+        job.tests,
+        job.accounts,
+        rows,
+        at_end,
+        compared,
+        shipped,
+        seconds,
+        job.runtime,
     )
     job.folder.write_json("report.json", whole)
     report.write(job.folder.path)
@@ -229,9 +259,10 @@ def _recover(job: Job, state: ServerState, final: Vector) -> tuple[ServerState |
 def _with_lost_rounds(job: Job, state: ServerState) -> ServerState:
     """What an interrupted round may have released counts as spent; seeded noise only repeats the same release."""
     clients = dict(state.clients)
-    for name, steps in job.accounts.unanswered(state.round).items():
-        before = clients.get(name, Spent())
-        clients[name] = replace(before, steps=before.steps + steps)
+    for name, (steps, whole) in job.accounts.unanswered(state.round).items():
+        if steps or whole:
+            before = clients.get(name, Spent())
+            clients[name] = replace(before, steps=before.steps + steps, whole=before.whole + whole)
     return replace(state, clients=clients)
 
 
@@ -274,9 +305,12 @@ def _same_settings(start: Mapping[str, Any], settings: Settings) -> None:
 
 
 def _read_plans(start: Mapping[str, Any]) -> dict[str, Plan]:
-    return {
-        name: Plan(**{**plan, "mechanism": Mechanism(**plan["mechanism"])}) for name, plan in start["plans"].items()
-    }
+    return {name: _read_plan(plan) for name, plan in start["plans"].items()}
+
+
+def _read_plan(plan: Mapping[str, Any]) -> Plan:
+    whole = _read_plan(plan["whole"]) if plan["whole"] else None
+    return Plan(**{**plan, "mechanism": Mechanism(**plan["mechanism"]), "whole": whole})
 
 
 def _same_data(start: Mapping[str, Any], roster: Mapping[str, Hello], server_data: Mapping[str, str]) -> None:

@@ -2,10 +2,13 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 
 from clients.task import Reply, Task
 from clients.training import Node, evaluate
+from privacy import noisy_counts
+from privacy.plan import Plan
 from privacy.refused import Refused
 from scenarios.weights import fit, load
 from server.rounds import Fleet
@@ -15,16 +18,32 @@ NOTHING = Score(None, None)
 """No client evaluated, or nothing finite came of it."""
 
 
-def scorer(node: Node, fleet: Fleet, names: list[str]) -> Callable[[ServerState], Score]:
+def check(node: Node) -> None:
+    """Raises Refused when the server is to evaluate and the scenario gives it no test set."""
+    if node.settings.evaluation.on == "server" and node.federation.test is None:
+        raise Refused(f"scenario {node.scenario.name} gives the server no test set: set evaluation.on=clients")
+
+
+def scorer(
+    node: Node,
+    fleet: Fleet,
+    names: list[str],
+    tests: Mapping[str, Plan] = MappingProxyType({}),
+    reserve: Callable[[int, Collection[str]], Collection[str]] = lambda _, names: names,
+) -> Callable[[ServerState], Score]:
     """The function that scores a state's weights, by settings.evaluation.on.
 
-    Raises Refused when the server is to evaluate and the scenario gives it no test set.
+    tests: the plans of clients that noise what they say. reserve: who of them can pay for it in this round.
     """
     test = node.federation.test
     if node.settings.evaluation.on == "clients":
-        return lambda state: _by_clients(fleet, names, state)
-    if test is None:
-        raise Refused(f"scenario {node.scenario.name} gives the server no test set: set evaluation.on=clients")
+        noised = node.settings.evaluation.epsilon is not None
+        return lambda state: (
+            _by_noised_clients(fleet, reserve(state.round, sorted(tests)), tests, state)
+            if noised
+            else _by_clients(fleet, names, state)
+        )
+    assert test is not None
 
     def by_server(state: ServerState) -> Score:
         model = copy.deepcopy(node.template)
@@ -46,6 +65,17 @@ def _by_clients(fleet: Fleet, names: list[str], state: ServerState) -> Score:
     loss = sum(reply.loss * reply.examples for reply in good) / total
     worst = min(reply.correct / reply.examples for reply in good)
     return Score(loss, sum(reply.correct for reply in good) / total, worst)
+
+
+def _by_noised_clients(fleet: Fleet, names: Collection[str], tests: Mapping[str, Plan], state: ServerState) -> Score:
+    """Accuracy from counts that are noised one by one and summed; neither a loss nor a worst client is known."""
+    tasks = [
+        Task("evaluate", state.round, name, state.weights, state.layout, mechanism=tests[name].mechanism)
+        for name in names
+    ]
+    good = [reply for reply in fleet.ask(tasks) if not reply.reason]
+    share = noisy_counts.accuracy(sum(reply.correct for reply in good), sum(reply.examples for reply in good))
+    return NOTHING if share is None else Score(None, share)
 
 
 def _sound(reply: Reply) -> bool:

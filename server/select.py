@@ -12,6 +12,7 @@ from privacy import cohort_noise
 from privacy.plan import Plan
 from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
+from server.state import Spent
 
 
 @dataclass
@@ -29,7 +30,8 @@ class Cohort:
     drawn: int = 0
     """How many were drawn, whether they could be asked or not."""
     paid: dict[str, int] = field(default_factory=dict)
-    """Steps that the round costs, by client: those asked; under client-level DP one for every client, drawn or not."""
+    """Steps that the round costs, by client: those asked; under client-level DP a whole round of every client, drawn or
+    not."""
     reason: str | None = None
     """Why nobody could be asked, where that is so for all."""
 
@@ -49,6 +51,11 @@ def local_steps(local: Local, examples: int, private: bool) -> int:
     return local.epochs * math.ceil(examples / (local.batch or examples))
 
 
+def round_steps(settings: Settings, examples: int) -> int:
+    """Steps of its account that a whole round costs a client: local ones, or the one in which the server adds noise."""
+    return local_steps(settings.local, examples, True) if settings.privacy.by_example else 1
+
+
 def sampling_rate(local: Local, examples: int) -> float:
     """q: the chance of an example to be in a step's batch; all of them where the batch is the whole data."""
     return min(1.0, local.batch / examples) if local.batch else 1.0
@@ -61,7 +68,7 @@ def cohort_size(clients: int, settings: Settings) -> int:
 
 def secret(settings: Settings) -> bool:
     """Whether nobody may know who was drawn: the draw makes client-level DP cheaper only then."""
-    return settings.privacy.unit == "client" and settings.rounds.fraction < 1
+    return settings.privacy.by_client and settings.rounds.fraction < 1
 
 
 def cohort(
@@ -71,16 +78,19 @@ def cohort(
     number: int,
     traffic: tuple[int, int],
     plans: Mapping[str, Plan],
-    spent: Mapping[str, int],
+    spent: Mapping[str, Spent],
 ) -> Cohort:
     """The cohort of round `number`, drawn from the run's seed; from the operating system's entropy where it is secret.
 
-    names: all clients, sorted. traffic: bytes (down, up) a client. plans: empty without DP. spent: steps by client.
+    names: all clients, sorted. traffic: bytes (down, up) a client. plans: empty without DP. spent: by client, so far.
     """
     chosen, fleet = Cohort(), settings.fleet
-    by_client, by_example = (settings.privacy.unit == unit for unit in ("client", "example"))
-    if by_client and any(spent.get(name, 0) >= plan.steps for name, plan in plans.items()):
-        chosen.reason = f"budget: epsilon {settings.privacy.epsilon:g} does not allow another round"
+    by_client, by_example = settings.privacy.by_client, settings.privacy.by_example
+    whole_round = {name: round_steps(settings, roster[name].examples) for name in plans}
+    if by_client and not all(
+        can_pay(plan, spent.get(name, Spent()), whole_round[name]) for name, plan in plans.items()
+    ):
+        chosen.reason = "budget: epsilon does not allow another round"
         return chosen
     drawn = _drawn(names, settings, number)
     chosen.drawn = len(drawn)
@@ -111,13 +121,18 @@ def cohort(
                     chosen.seconds = fleet.deadline
                     continue
             chosen.seconds = max(chosen.seconds, link + steps * step)
-        if by_example and spent.get(name, 0) + steps > plans[name].steps:
+        if by_example and not can_pay(plans[name], spent.get(name, Spent()), steps):
             reason = f"budget: epsilon {plans[name].epsilon:g} does not allow another round"
             chosen.skipped.append({"name": name, "reason": reason})
             continue
         chosen.steps[name] = steps
-    chosen.paid = dict.fromkeys(names, 1) if by_client else chosen.steps
+    chosen.paid = whole_round if by_client else chosen.steps
     return chosen
+
+
+def can_pay(plan: Plan, spent: Spent, steps: int) -> bool:
+    """Whether a client that has spent so much can pay for a round of `steps` steps."""
+    return spent.steps + steps <= plan.steps and (plan.whole is None or spent.whole < plan.whole.steps)
 
 
 def _drawn(names: Sequence[str], settings: Settings, number: int) -> Sequence[str]:

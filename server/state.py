@@ -35,6 +35,8 @@ class Spent:
     rounds: int = 0
     last: int = 0
     """The last round its update was part of."""
+    whole: int = 0
+    """Under `both`: rounds that the client as a whole has paid for, lost rounds included."""
 
 
 @dataclass(frozen=True)

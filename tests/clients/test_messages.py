@@ -162,6 +162,18 @@ REPLY_LIES: dict[str, Callable[[RecordDict], RecordDict]] = {
 }
 
 
+def test_counts_may_be_below_zero_where_noise_was_asked_for_and_nowhere_else() -> None:
+    counts = Reply(3, "client-1", examples=-3, correct=-7)
+    asked = replace(a_task(), kind="evaluate", clip=0.0, mechanism=Mechanism(1.0, 30.0))
+    assert messages.decode_reply(messages.encode_reply(counts), asked) == counts
+    for task in (replace(asked, mechanism=None), replace(asked, kind="train")):
+        with pytest.raises(ValueError, match="out of range"):
+            messages.decode_reply(messages.encode_reply(counts), task)
+    for lie in (-(2**60), 2**60):
+        with pytest.raises(ValueError, match="out of range"):
+            messages.decode_reply(fields(messages.encode_reply(counts), correct=lie), asked)
+
+
 @pytest.mark.parametrize("lie", REPLY_LIES)
 def test_a_reply_that_was_tampered_with_is_refused(lie: str) -> None:
     reply = Reply(3, "client-1", b"1234", 10, 5)

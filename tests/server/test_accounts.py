@@ -133,7 +133,8 @@ def test_what_was_reserved_for_a_round_that_does_not_take_place_is_not_spent(tmp
     ledger.read()
     names = {name: Account("example", name, "made") for name in "ab"}
     before = dict(ledger.accounts[names["b"]].history)
-    fleet = {"a": (names["a"], step, 1), "b": (names["b"], Mechanism(1.0, 50.0), 1)}
+    steps = {"a": step, "b": Mechanism(1.0, 50.0)}
+    fleet = {name: (accounts.Charge(names[name], steps[name], 1),) for name in "ab"}
     with RunFolder.open(tmp_path / "one") as folder:
         charged = accounts.Accounts(folder, 2, ledger, "two", fleet)
         with pytest.raises(accounts.Exhausted, match="a: epsilon"):

@@ -24,7 +24,7 @@ def privacy_of(spent: dict[str, int]) -> dict[str, Any]:
     state = ServerState(np.zeros(1, dtype=np.float32), (), (), 1, clients=clients)  # type: ignore[arg-type]
     roster = {name: Hello(name, 100, "digest") for name in PLANS}
     unwritten: Any = SimpleNamespace(settings=settings)
-    return facts._privacy(unwritten, state, roster, PLANS, Accounts(folder=unwritten), {})
+    return facts._privacy(unwritten, state, roster, PLANS, {}, Accounts(folder=unwritten), {})
 
 
 def test_every_client_is_certified_and_stands_inside_the_interval_of_the_other_accountant() -> None:
