@@ -125,7 +125,12 @@ class PrivateGradient:
         )
 
     def step(self, x: Tensor, y: Tensor) -> None:
-        """x: (B, ...), y: (B,) of one Poisson sample, B >= 0. Large samples go through in parts and get noise once."""
+        """x: (B, ...), y: (B,) of one Poisson sample, B >= 0. Large samples go through in parts and get noise once.
+
+        A step that an exception ended leaves nothing to the next: half a sum kept would count its examples twice.
+        """
+        self._optimizer._step_skip_queue.clear()
+        self._optimizer._is_last_step_skipped = False  # else Opacus keeps the sum of the parts that went through
         starts = range(0, max(1, len(x)), self._chunk)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Full backward hook is firing")

@@ -114,7 +114,8 @@ def _privacy(
         why_not = "no privacy was asked for (privacy.unit=none)"
     elif wanted.noise_seed is not None:
         why_not = (
-            "the noise is seeded (privacy.noise_seed) and can be computed and taken away by anyone who knows the seed"
+            "simulation, no guarantee: the noise is seeded (privacy.noise_seed) and can be computed and taken away by "
+            "anyone who knows the seed"
         )
     spent = {name: state.clients.get(name, Spent()) for name in plans}
     promises = [_Promise("", name, plan, spent[name].steps, accounts.charge(name)) for name, plan in plans.items()]

@@ -137,15 +137,25 @@ def test_noise_and_draws_come_from_the_operating_system_and_differ_in_forked_wor
 # the draw
 
 
-def test_each_client_is_drawn_by_a_coin_of_its_own() -> None:
+def own_coins(draws: list[list[str]], rate: float) -> bool:
+    """Whether 2000 draws of 50 clients came of a coin each: mean and variance of the sizes, two clients together."""
+    sizes, variance = np.array([len(draw) for draw in draws]), 50 * rate * (1 - rate)
+    together, both = sum("c0" in draw and "c1" in draw for draw in draws) / len(draws), rate * rate
+    return bool(
+        abs(sizes.mean() - 50 * rate) < 4 * math.sqrt(variance / len(draws))
+        and abs(sizes.var() / variance - 1) < 0.15  # a fixed size would have none
+        and abs(together - both) < 4 * math.sqrt(both * (1 - both) / len(draws))
+    )
+
+
+def test_each_client_is_drawn_by_a_coin_of_its_own_and_the_test_would_see_another_draw() -> None:
     names, random = [f"c{i}" for i in range(50)], np.random.default_rng(3)
     draws = [sample(names, 0.3, random) for _ in range(2000)]
     assert all(draw == sorted(draw, key=names.index) for draw in draws)
-    sizes = np.array([len(draw) for draw in draws])
-    assert abs(sizes.mean() - 15) < 4 * math.sqrt(10.5 / 2000)
-    assert abs(sizes.var() / 10.5 - 1) < 0.15  # binomial: a fixed size would have none
-    together = sum("c0" in draw and "c1" in draw for draw in draws) / 2000
-    assert abs(together - 0.09) < 4 * math.sqrt(0.09 * 0.91 / 2000)
+    assert own_coins(draws, 0.3)
+    assert not own_coins(draws, 0.27)
+    assert not own_coins([list(random.choice(names, 15, replace=False)) for _ in range(2000)], 0.3)
+    assert not own_coins([sorted({*draw, "c1"} if "c0" in draw else {*draw} - {"c1"}) for draw in draws], 0.3)
 
 
 # the plan

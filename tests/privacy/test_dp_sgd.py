@@ -72,12 +72,20 @@ def test_noise_has_the_standard_deviation_of_the_mechanism_and_no_other(multipli
     assert (abs(ratio - 1) < 5 / math.sqrt(2 * len(draws))) is fits
 
 
+def poisson_at(rate: float, sizes: torch.Tensor) -> bool:
+    """Whether batches of 50 examples have binomial sizes: mean and variance within five deviations."""
+    variance = 50 * rate * (1 - rate)
+    near = abs(float(sizes.mean()) - 50 * rate) < 5 * math.sqrt(variance / len(sizes))
+    return near and abs(float(sizes.var()) / variance - 1) < 0.15
+
+
 @pytest.mark.parametrize("rate", [0.1, 0.5])
-def test_samples_are_poisson_at_the_plans_rate(rate: float) -> None:
+def test_samples_are_poisson_at_the_plans_rate_and_no_other(rate: float) -> None:
     private = PrivateGradient(small_model(), LOSS, Mechanism(rate, 1.0), 1.0, noise_generator(5))
     sizes = torch.tensor([len(chosen) for chosen in private.batches(50, 4000)], dtype=torch.float64)
-    assert abs(float(sizes.mean()) - 50 * rate) < 5 * math.sqrt(50 * rate * (1 - rate) / 4000)
-    assert float(sizes.var()) == pytest.approx(50 * rate * (1 - rate), rel=0.15)
+    assert poisson_at(rate, sizes)
+    assert not poisson_at(0.95 * rate, sizes)
+    assert not poisson_at(rate, torch.full((4000,), 50 * rate, dtype=torch.float64))  # batches of one size
 
 
 def test_the_divisor_is_the_expected_batch_and_not_the_drawn_one() -> None:
@@ -225,11 +233,20 @@ def test_the_noise_of_a_real_run_does_not_follow_from_32_bits(seed: int | None, 
     assert all(0 <= word < 2**32 for word in found)
 
 
-def test_the_noise_of_a_real_run_is_normal() -> None:
+def normal(draws: torch.Tensor) -> bool:
+    """Whether they are standard normal: mean, deviation, and how many lie within one deviation."""
+    mean, deviation, inner = float(draws.mean()), float(draws.std()), float((draws.abs() < 1).double().mean())
+    tolerance = 5 / math.sqrt(len(draws))
+    return abs(mean) < tolerance and abs(deviation - 1) < tolerance and abs(inner - 0.6827) < tolerance / 2
+
+
+def test_the_noise_of_a_real_run_is_normal_and_nothing_like_it() -> None:
     draws = torch.randn(200_000, generator=noise_generator(None), dtype=torch.float64)
-    assert abs(float(draws.mean())) < 5 / math.sqrt(len(draws))
-    assert abs(float(draws.std()) - 1) < 5 / math.sqrt(2 * len(draws))
-    assert float((draws.abs() < 1).double().mean()) == pytest.approx(0.6827, abs=0.006)
+    assert normal(draws)
+    assert not normal(0.98 * draws)
+    assert not normal(draws + 0.02)
+    uniform = torch.rand(200_000, generator=noise_generator(None), dtype=torch.float64)
+    assert not normal((uniform - 0.5) * math.sqrt(12))
 
 
 def test_group_norm_is_allowed() -> None:
