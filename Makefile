@@ -34,6 +34,7 @@ bench: env
 
 docs: env
 	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/figures.py
 
 clean:
 	rm -rf .venv build *.egg-info

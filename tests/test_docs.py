@@ -107,14 +107,28 @@ def test_every_file_of_a_run_folder_is_documented(eventful: Path) -> None:
     assert known - found == {"references.json", "flower.log", "stop"} - found
 
 
-def test_the_pages_that_are_made_are_what_the_program_says_now() -> None:
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+def maker(name: str) -> Any:
+    """docs/NAME.py, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
-    for name, page in generate.PAGES.items():
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_pages_that_are_made_are_what_the_program_says_now() -> None:
+    for name, page in maker("generate").PAGES.items():
         assert (ROOT / "docs" / name).read_text() == page(), f"docs/{name} is not current: `make docs` makes it anew"
+
+
+def test_the_figures_are_what_the_accountants_say_now_and_each_is_on_a_page() -> None:
+    figures, shown = maker("figures"), " ".join(page.read_text() for page in PAGES)
+    made = {path.name for path in (ROOT / "docs" / "images").glob("*.svg")}
+    assert made == set(figures.FIGURES)
+    for name in made:
+        assert (ROOT / "docs/images" / name).read_text() == figures.drawn(name), f"{name} is not current: `make docs`"
+        assert f"images/{name})" in shown
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -134,6 +148,14 @@ def test_every_umbel_command_has_options_and_settings_that_exist(page: Path) -> 
             context = click.Context(command, context)
         given, _, _ = command.make_parser(context).parse_args(words)
         override(Settings(), given.get("set_") or "")
+
+
+def test_every_test_that_a_page_names_exists() -> None:
+    named = re.findall(r"`((?:\w+/)?test_\w+\.py): (test_\w+)`", (ROOT / "docs" / "pitfalls.md").read_text())
+    assert len(named) > 50
+    for file, name in named:
+        path = ROOT / "tests" / (file if "/" in file else f"privacy/{file}")
+        assert f"def {name}(" in path.read_text(), f"{file} has no {name}"
 
 
 def test_every_make_target_that_is_named_exists() -> None:

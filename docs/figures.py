@@ -1,0 +1,261 @@
+"""The figures of docs/privacy.md and sharp-edges.md, drawn from the accountants: `make docs` runs it, a test compares.
+
+The client of all figures has 200 examples, batches of 20, 10 local steps in each of 50 rounds, and the noise that costs
+it epsilon 8 at delta 1 / 2000.
+"""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from privacy import accounting
+from privacy.plan import History, Mechanism
+from server.units import epsilon as shown
+
+_IMAGES = Path(__file__).resolve().parent / "images"
+INK, MUTED, LINE = "#1b2430", "#566272", "#dfe4ea"
+BLUE, ORANGE, GREEN, PURPLE = "#1f6fb2", "#c2570c", "#2a7f55", "#7c4bab"
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "umbel",
+    "font.family": ["DejaVu Sans"],
+    "font.size": 11,
+    "text.color": INK,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "lines.linewidth": 1.8,
+}
+
+EXAMPLES, ROUNDS, STEPS = 200, 50, 10
+DELTA = accounting.default_delta(EXAMPLES)
+CLIENT = Mechanism(0.1, round(accounting.calibrate(0.1, ROUNDS * STEPS, 8.0, DELTA, 100.0), 4))
+
+
+def _after(rounds: int) -> History:
+    return {CLIENT: rounds * STEPS}
+
+
+def _epsilon(history: History, delta: float) -> float:
+    return round(accounting.epsilon(history, delta), 3)  # so that the last bits of a machine are not drawn
+
+
+def units(figure: Figure) -> None:
+    """One picture of units and of who sees what before the noise."""
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    axes.set_xlim(-1, 101)
+    axes.set_ylim(0, 61)
+    for x, who in ((14, "a client"), (52, "the server"), (88, "readers of the model")):
+        axes.text(x, 58.5, who, ha="center", color=MUTED)
+    _row(
+        axes,
+        34.5,
+        "example",
+        "each example's gradient\nclipped and added up,\nnoise added here",
+        "adds up what is\nalready noised",
+        True,
+    )
+    _row(axes, 6, "client", "the whole update\nclipped", "adds up clipped updates,\nnoise added here", False)
+    axes.text(
+        0,
+        1,
+        "blue: what the promise hides, and what it holds for; orange: what it does not cover",
+        color=MUTED,
+        fontsize=9.5,
+    )
+
+
+def _row(axes: Axes, y: float, unit: str, at_client: str, at_server: str, noised: bool) -> None:
+    axes.text(0, y + 18.6, f"privacy.unit={unit}", family="DejaVu Sans Mono", fontsize=10.5)
+    for x, width, text in ((0, 28, at_client), (40, 24, at_server), (78, 20, "see the model\nafter each round")):
+        axes.add_patch(
+            FancyBboxPatch((x + 1, y), width, 17, boxstyle="round,pad=0,rounding_size=1.5", fc="#f6f8fa", ec=LINE)
+        )
+        axes.text(
+            x + 1 + width / 2,
+            y + (6 if x == 0 else 8.5),
+            text,
+            ha="center",
+            va="center",
+            fontsize=9.5,
+            linespacing=1.35,
+        )
+    for i in range(8):  # the examples of the client; what is hidden is drawn in blue
+        hidden = not noised or i == 2
+        axes.plot(5.5 + 2.7 * i, y + 13.6, "o", markersize=5, color=BLUE if hidden else "#c3ccd6")
+    if not noised:
+        axes.add_patch(
+            FancyBboxPatch((3.4, y + 11.9), 23.2, 3.4, boxstyle="round,pad=0,rounding_size=1.2", fc="none", ec=BLUE)
+        )
+    for start, end, colour in ((29.3, 40.7, BLUE if noised else ORANGE), (65.3, 78.7, BLUE)):
+        axes.add_patch(
+            FancyArrowPatch((start, y + 8.5), (end, y + 8.5), arrowstyle="-|>", mutation_scale=13, color=colour, lw=1.8)
+        )
+    axes.text(35, y + 10.6, "noised" if noised else "bare", ha="center", fontsize=9.5, color=BLUE if noised else ORANGE)
+    axes.text(71.8, y + 10.6, "noised", ha="center", fontsize=9.5, color=BLUE)
+
+
+def curve(figure: Figure) -> None:
+    """The whole delta(epsilon) curve of one account, after some rounds."""
+    axes = figure.add_subplot()
+    deltas = np.geomspace(1e-8, 1e-1, 36)
+    for rounds, colour in ((5, GREEN), (20, PURPLE), (50, BLUE)):
+        epsilons = [_epsilon(_after(rounds), float(delta)) for delta in deltas]
+        axes.plot(epsilons, deltas, color=colour)
+        axes.text(epsilons[3] + 0.2, deltas[3], f"{rounds} rounds", color=colour, fontsize=10)
+    quoted = _epsilon(_after(ROUNDS), DELTA)
+    axes.plot([quoted], [DELTA], "o", color=BLUE)
+    axes.annotate(
+        f"what is quoted: epsilon\n{shown(quoted)} at delta 1/2000",
+        (quoted, DELTA),
+        (9.6, 6e-3),
+        fontsize=10,
+        arrowprops={"arrowstyle": "-", "color": MUTED},
+    )
+    axes.set_yscale("log")
+    axes.set_xlim(0, 19)
+    axes.set_xlabel("epsilon")
+    axes.set_ylabel("delta")
+
+
+def rounds(figure: Figure) -> None:
+    """One round's price against the account."""
+    axes = figure.add_subplot()
+    numbers = range(1, ROUNDS + 1)
+    account = [_epsilon(_after(number), DELTA) for number in numbers]
+    axes.plot(numbers, account, color=BLUE)
+    axes.plot(numbers, [account[0]] * ROUNDS, color=ORANGE, linestyle="--")
+    axes.text(30, account[26] - 1.1, "the account", color=BLUE)
+    axes.text(
+        50,
+        account[0] + 0.25,
+        f"one round's price, {shown(account[0])}, reported again and again",
+        color=ORANGE,
+        ha="right",
+        fontsize=10,
+    )
+    axes.set_xlim(0, ROUNDS + 1)
+    axes.set_ylim(0, 8.6)
+    axes.set_xlabel("round")
+    axes.set_ylabel("epsilon at delta 1/2000")
+
+
+def sampling(figure: Figure) -> None:
+    """10,000 clients, 100 drawn a round, noise multiplier 1: what is claimed by whom pays when."""
+    axes = figure.add_subplot()
+    numbers = [100, 200, 300, 400, 500, 600, 700, 800, 900, 1000]
+    amplified, bare = Mechanism(0.01, 1.0), Mechanism(1.0, 1.0)
+    joined = [number // 100 for number in numbers]  # on average
+    lines = (
+        ("whoever knows who is drawn: no amplification", ORANGE, "-", [{bare: count} for count in joined]),
+        ("everyone pays every round, drawn or not: what holds", BLUE, "-", [{amplified: number} for number in numbers]),
+        ("paid only when joined: too little", ORANGE, "--", [{amplified: count} for count in joined]),
+    )
+    for text, colour, dashes, histories in lines:
+        epsilons = [_epsilon(history, 1e-5) for history in histories]
+        axes.plot(numbers, epsilons, color=colour, linestyle=dashes)
+        axes.text(1000, epsilons[-1] * 1.13, f"{text}, {shown(epsilons[-1])}", color=colour, ha="right", fontsize=9.5)
+    axes.set_yscale("log")
+    axes.set_ylim(0.1, 40)
+    axes.set_yticks([0.1, 1, 10], ["0.1", "1", "10"])
+    axes.set_xlim(80, 1010)
+    axes.set_xlabel("rounds")
+    axes.set_ylabel("epsilon at delta 1e-5")
+
+
+def attacker(figure: Figure) -> None:
+    """The most that an attacker can find at a rate of false alarms."""
+    axes = figure.add_subplot()
+    alarms = np.geomspace(1e-4, 1, 200)
+    for epsilon, colour in ((8.0, ORANGE), (3.0, PURPLE), (1.0, BLUE), (0.5, GREEN)):
+        rising, falling = np.exp(epsilon) * alarms + DELTA, 1 - np.exp(-epsilon) * (1 - DELTA - alarms)
+        found = np.minimum(1, np.minimum(rising, falling))
+        axes.plot(alarms, np.round(found, 5), color=colour, label=f"epsilon {epsilon:g}")
+    axes.plot(alarms, alarms, color=MUTED, linestyle=":", label="guessing")
+    axes.legend(loc="center", bbox_to_anchor=(0.32, 0.55), frameon=False, fontsize=10)
+    axes.set_xscale("log")
+    axes.set_xlim(1e-4, 1)
+    axes.set_ylim(0, 1.03)
+    axes.set_xticks([1e-4, 1e-3, 1e-2, 1e-1, 1], ["0.01 %", "0.1 %", "1 %", "10 %", "100 %"])
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
+    axes.set_xlabel("of those who were not there, so many are taken for members")
+    axes.set_ylabel("members found, at most")
+
+
+def delta(figure: Figure) -> None:
+    """The same account at another delta has another epsilon."""
+    axes = figure.add_subplot()
+    deltas = np.geomspace(1e-7, 3e-2, 36)
+    axes.plot(deltas, [_epsilon(_after(ROUNDS), float(each)) for each in deltas], color=BLUE)
+    marks = (
+        (1 / EXAMPLES, "1/n: one example\nmay be published", ORANGE, (1.1e-2, 9.2)),
+        (DELTA, "1/(10 n): the default", BLUE, (1.6e-3, 11.3)),
+        (1e-5, "1e-5: what others\nset for everyone", MUTED, (5e-5, 13.7)),
+    )
+    for at, text, colour, place in marks:
+        epsilon = _epsilon(_after(ROUNDS), at)
+        axes.plot([at], [epsilon], "o", color=colour)
+        axes.annotate(
+            f"{text}: {shown(epsilon)}",
+            (at, epsilon),
+            place,
+            color=colour,
+            fontsize=9.5,
+            ha="left" if at < 1e-4 else "center",
+            arrowprops={"arrowstyle": "-", "color": LINE},
+        )
+    axes.set_xscale("log")
+    axes.set_ylim(0, 16)
+    axes.set_xlabel("delta")
+    axes.set_ylabel("epsilon")
+
+
+FIGURES: dict[str, tuple[Callable[[Figure], None], tuple[float, float]]] = {
+    "units.svg": (units, (8.2, 4.3)),
+    "delta-of-epsilon.svg": (curve, (6.4, 3.4)),
+    "epsilon-over-rounds.svg": (rounds, (6.4, 3.2)),
+    "who-pays.svg": (sampling, (6.4, 3.4)),
+    "attacker.svg": (attacker, (6.4, 3.4)),
+    "choice-of-delta.svg": (delta, (6.4, 3.4)),
+}
+
+
+def drawn(name: str) -> str:
+    """The figure as SVG: same accountants, same bytes."""
+    draw, size = FIGURES[name]
+    with matplotlib.rc_context(_STYLE):
+        figure, text = Figure(figsize=size, layout="constrained", facecolor="white"), io.StringIO()
+        FigureCanvasSVG(figure)
+        draw(figure)
+        figure.axes[0].minorticks_off()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+
+
+def main() -> None:
+    """Write all figures, each whole or not at all."""
+    for name in FIGURES:
+        partial = _IMAGES / f"{name}.partial"
+        partial.write_text(drawn(name), encoding="utf-8")
+        partial.replace(_IMAGES / name)
+        print(_IMAGES / name)
+
+
+if __name__ == "__main__":
+    main()
