@@ -33,7 +33,7 @@ def test_every_file_that_adds_noise_states_what_it_guarantees() -> None:
 # with one example or with none, what is seen along its gradient, in units of C, is q N(1, z^2) + (1 - q) N(0, z^2) or
 # N(0, z^2), and no direction but that one tells the two apart.
 
-CLIP, STEPS = 0.3, 2000
+CLIP, STEPS = 0.3, 1500
 
 
 def seen(mechanism: Mechanism, there: bool) -> np.ndarray:
