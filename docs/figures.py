@@ -60,18 +60,14 @@ def units(figure: Figure) -> None:
     axes = figure.add_subplot()
     axes.set_axis_off()
     axes.set_xlim(-1, 101)
-    axes.set_ylim(0, 61)
+    axes.set_ylim(0, 90)
     for x, who in ((14, "a client"), (52, "the server"), (88, "readers of the model")):
-        axes.text(x, 58.5, who, ha="center", color=MUTED)
-    _row(
-        axes,
-        34.5,
-        "example",
-        "each example's gradient\nclipped and added up,\nnoise added here",
-        "adds up what is\nalready noised",
-        True,
-    )
-    _row(axes, 6, "client", "the whole update\nclipped", "adds up clipped updates,\nnoise added here", False)
+        axes.text(x, 87.5, who, ha="center", color=MUTED)
+    alone = "each example's gradient\nclipped and added up,\nnoise added here"
+    _row(axes, 63.5, "example", alone, "adds up what is\nalready noised", 1)
+    _row(axes, 35, "client", "the whole update\nclipped", "adds up clipped updates,\nnoise added here", 8)
+    both = "noise for each example,\nthen the whole update\nclipped"
+    _row(axes, 6.5, "both", both, "adds up,\nmore noise for clients", 1, whole=True)
     axes.text(
         0,
         1,
@@ -81,34 +77,28 @@ def units(figure: Figure) -> None:
     )
 
 
-def _row(axes: Axes, y: float, unit: str, at_client: str, at_server: str, noised: bool) -> None:
+def _row(axes: Axes, y: float, unit: str, client: str, server: str, hidden: int, whole: bool = False) -> None:
+    """hidden: how many of the client's eight examples are the unit; whole: the client is one as well."""
     axes.text(0, y + 18.6, f"privacy.unit={unit}", family="DejaVu Sans Mono", fontsize=10.5)
-    for x, width, text in ((0, 28, at_client), (40, 24, at_server), (78, 20, "see the model\nafter each round")):
-        axes.add_patch(
-            FancyBboxPatch((x + 1, y), width, 17, boxstyle="round,pad=0,rounding_size=1.5", fc="#f6f8fa", ec=LINE)
+    for x, width, text in ((0, 28, client), (40, 24, server), (78, 20, "see the model\nafter each round")):
+        corner = "round,pad=0,rounding_size=1.5"
+        axes.add_patch(FancyBboxPatch((x + 1, y), width, 17, boxstyle=corner, fc="#f6f8fa", ec=LINE))
+        height = y + (6 if x == 0 else 8.5)
+        axes.text(x + 1 + width / 2, height, text, ha="center", va="center", fontsize=9.5, linespacing=1.35)
+    for i in range(8):
+        axes.plot(5.5 + 2.7 * i, y + 13.6, "o", markersize=5, color=BLUE if hidden == 8 or i == 2 else "#c3ccd6")
+    if whole or hidden == 8:
+        corner = "round,pad=0,rounding_size=1.2"
+        axes.add_patch(FancyBboxPatch((3.4, y + 11.9), 23.2, 3.4, boxstyle=corner, fc="none", ec=BLUE))
+    sent = ("noised", BLUE) if hidden < 8 else ("bare", ORANGE)
+    for start, end, (label, colour) in ((29.3, 40.7, sent), (65.3, 78.7, ("noised", BLUE))):
+        patch = FancyArrowPatch(
+            (start, y + 8.5), (end, y + 8.5), arrowstyle="-|>", mutation_scale=13, color=colour, lw=1.8
         )
-        axes.text(
-            x + 1 + width / 2,
-            y + (6 if x == 0 else 8.5),
-            text,
-            ha="center",
-            va="center",
-            fontsize=9.5,
-            linespacing=1.35,
-        )
-    for i in range(8):  # the examples of the client; what is hidden is drawn in blue
-        hidden = not noised or i == 2
-        axes.plot(5.5 + 2.7 * i, y + 13.6, "o", markersize=5, color=BLUE if hidden else "#c3ccd6")
-    if not noised:
-        axes.add_patch(
-            FancyBboxPatch((3.4, y + 11.9), 23.2, 3.4, boxstyle="round,pad=0,rounding_size=1.2", fc="none", ec=BLUE)
-        )
-    for start, end, colour in ((29.3, 40.7, BLUE if noised else ORANGE), (65.3, 78.7, BLUE)):
-        axes.add_patch(
-            FancyArrowPatch((start, y + 8.5), (end, y + 8.5), arrowstyle="-|>", mutation_scale=13, color=colour, lw=1.8)
-        )
-    axes.text(35, y + 10.6, "noised" if noised else "bare", ha="center", fontsize=9.5, color=BLUE if noised else ORANGE)
-    axes.text(71.8, y + 10.6, "noised", ha="center", fontsize=9.5, color=BLUE)
+        axes.add_patch(patch)
+        axes.text((start + end) / 2, y + 10.6, label, ha="center", fontsize=9.5, color=colour)
+    if whole:
+        axes.text(35, y + 4.2, "as a whole\nbare", ha="center", va="center", fontsize=8.5, color=ORANGE)
 
 
 def curve(figure: Figure) -> None:
@@ -227,7 +217,7 @@ def delta(figure: Figure) -> None:
 
 
 FIGURES: dict[str, tuple[Callable[[Figure], None], tuple[float, float]]] = {
-    "units.svg": (units, (8.2, 4.3)),
+    "units.svg": (units, (8.2, 6.1)),
     "delta-of-epsilon.svg": (curve, (6.4, 3.4)),
     "epsilon-over-rounds.svg": (rounds, (6.4, 3.2)),
     "who-pays.svg": (sampling, (6.4, 3.4)),

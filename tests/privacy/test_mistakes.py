@@ -175,7 +175,7 @@ def test_what_is_no_amount_is_refused_in_one_line(name: str, value: str) -> None
 
 def test_a_draw_of_clients_that_others_can_see_makes_no_step_cheaper() -> None:
     roster = {name: Hello(name, 30, "") for name in NAMES}
-    for unit, cheaper in (("example", False), ("client", True)):
+    for unit, cheaper in (("example", False), ("client", True), ("both", False)):
         made_for = [
             budget.plans(roster, override(made().settings, f"privacy.unit={unit} rounds.minimum=0 rounds.fraction={f}"))
             for f in (1.0, 0.25)
@@ -216,7 +216,7 @@ def test_a_reply_to_training_carries_no_metric_and_its_counts_are_named_as_not_c
     reply = answer(node, Task("train", 1, NAMES[0], begin.weights, begin.layout, rate=0.5, steps=3))
     told = {name for name, value in vars(reply).items() if value != vars(Reply(1, NAMES[0]))[name]}
     assert told == {"payload", "examples", "steps"}  # the update, and two counts
-    for unit in ("example", "client"):
+    for unit in ("example", "client", "both"):
         named = " ".join(not_covered(f"privacy.unit={unit}"))
         assert "number of examples" in named
         assert "who took part" in named
