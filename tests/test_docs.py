@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ import numpy as np
 import pytest
 import typer
 
+from privacy import accounting
+from privacy.plan import Mechanism
 from scenarios.settings import Settings, override
+from server import units
 from server.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -129,6 +133,31 @@ def test_the_figures_are_what_the_accountants_say_now_and_each_is_on_a_page() ->
     for name in made:
         assert (ROOT / "docs/images" / name).read_text() == figures.drawn(name), f"{name} is not current: `make docs`"
         assert f"images/{name})" in shown
+
+
+def up(value: float) -> str:
+    """Three significant digits, rounded up."""
+    step = Decimal(10) ** (Decimal(value).adjusted() - 2)
+    return str(Decimal(value).quantize(step, ROUND_CEILING))
+
+
+def test_the_numbers_of_the_sharp_edges_are_what_the_accountants_say_now() -> None:
+    page, client = " ".join((ROOT / "docs" / "sharp-edges.md").read_text().split()), maker("figures")
+    told = "The client's epsilon is {} after one run, {} after two, {} after three, {} after five, {} after ten."
+    spent = [accounting.epsilon({client.CLIENT: 500 * runs}, client.DELTA) for runs in (1, 2, 3, 5, 10)]
+    assert told.format(*map(up, spent)) in page
+    at = [units.epsilon(accounting.epsilon({client.CLIENT: 500}, delta)) for delta in (1e-2, 5e-4, 1e-5, 1e-7)]
+    assert "{} at delta 1e-2, {} at 1 / 2000, {} at 1e-5, {} at 1e-7".format(*at) in page
+    for epsilon in (1, 3, 8):  # a group of k is one example of k times the norm where no example is drawn
+        noise = accounting.calibrate(1.0, 53, epsilon, 1 / 700, 1e4)
+        group = [accounting.epsilon({Mechanism(1.0, noise / size): 53}, 1 / 700) for size in (2, 5, 10)]
+        assert "| {} | {} | {} | {} |".format(epsilon, *map(up, group)) in page
+    for noise in (4.0, 1.0):  # exchanging moves the sum by two norms
+        pair = [up(accounting.epsilon({Mechanism(1.0, noise / moved): 1}, 1e-5)) for moved in (1, 2)]
+        assert all(value in page for value in pair), pair
+    sizes = (20, 70, 200, 1000, 10_000)
+    noises = [accounting.calibrate(1.0, 53, 8.0, 1 / (10 * n), 1e4) / n for n in sizes]
+    assert "| noise | {:.3f} | {:.3f} | {:.3f} | {:.3f} | {:.4f} |".format(*noises) in page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
