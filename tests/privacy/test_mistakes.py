@@ -162,7 +162,10 @@ def test_a_budget_of_ten_is_kept_where_the_classic_formula_passes_it() -> None:
     assert noise > classic
 
 
-@pytest.mark.parametrize("name", ["privacy.epsilon", "privacy.budget", "privacy.clip", "privacy.delta"])
+AMOUNTS = ("epsilon", "client_epsilon", "budget", "delta", "clip", "update_clip")
+
+
+@pytest.mark.parametrize("name", [*(f"privacy.{amount}" for amount in AMOUNTS), "evaluation.epsilon"])
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "-inf", "1e999"])
 def test_what_is_no_amount_is_refused_in_one_line(name: str, value: str) -> None:
     with pytest.raises(Refused, match=name.replace(".", r"\.")) as caught:
