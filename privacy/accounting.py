@@ -12,7 +12,6 @@ from privacy import fourier, renyi
 from privacy.plan import History, Mechanism
 from privacy.refused import Refused
 
-ADJACENCY = "add or remove one example"
 _TIGHT = 2e-3
 _MARGIN = 1e-4
 

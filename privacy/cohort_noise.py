@@ -22,7 +22,6 @@ from privacy import accounting
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 
-ADJACENCY = "add or remove one client with all its examples; how many clients there are is public"
 _LEAST_NOISE = 0.1
 """Where a client is drawn so rarely that delta alone would cover it without noise, there is noise all the same."""
 _Vector = NDArray[np.float32]
@@ -103,12 +102,7 @@ def plan(
     it happens in any round is taken off delta. Raises Refused when that chance is above a tenth of delta, when delta is
     so large that it allows to publish a client, or when more noise than `most` would be needed.
     """
-    if delta is not None and delta >= 1 / clients:
-        raise Refused(
-            f"privacy.delta={delta:g} lets a mechanism publish one of {clients} clients outright: set it below "
-            f"{1 / clients:.3g}, or unset it for {accounting.default_delta(clients):.3g}"
-        )
-    delta = delta or accounting.default_delta(clients)
+    delta = client_delta(delta, clients)
     chance = rounds * _chance_below(minimum, clients - 1, rate) if rate < 1 else 0.0
     if chance > delta / 10:
         raise Refused(
@@ -120,12 +114,27 @@ def plan(
     with np.errstate(over="ignore"):  # dp-accounting divides by what is left of a mass next to 0
         noise, least, longest = _calibrate(rate, rounds, epsilon, left, most)
     if noise is None:
-        raise Refused(
-            f"privacy.epsilon={epsilon:g} cannot be reached for {clients} clients in {rounds} rounds, recovery "
-            f"included, with privacy.max_noise={most:g}: the smallest epsilon for these rounds is {least:.4g}, the "
-            f"most rounds for this epsilon are {longest}"
-        )
+        raise Refused(unreachable(clients, rounds, epsilon, most, least, longest))
     return Plan(Mechanism(rate, noise), clip, epsilon, left, rounds, chance)
+
+
+def client_delta(delta: float | None, clients: int) -> float:
+    """`delta`, or the rule's; raises Refused for one that is so large that it allows to publish a client."""
+    if delta is not None and delta >= 1 / clients:
+        raise Refused(
+            f"privacy.delta={delta:g} lets a mechanism publish one of {clients} clients outright: set it below "
+            f"{1 / clients:.3g}, or unset it for {accounting.default_delta(clients):.3g}"
+        )
+    return delta or accounting.default_delta(clients)
+
+
+def unreachable(clients: int, rounds: int, epsilon: float, most: float, least: float, longest: int) -> str:
+    """Why a plan is refused, and what would work: the smallest epsilon, the most rounds."""
+    return (
+        f"privacy.epsilon={epsilon:g} cannot be reached for {clients} clients in {rounds} rounds, recovery "
+        f"included, with privacy.max_noise={most:g}: the smallest epsilon for these rounds is {least:.4g}, the "
+        f"most rounds for this epsilon are {longest}"
+    )
 
 
 def _calibrate(rate: float, rounds: int, epsilon: float, delta: float, most: float) -> tuple[float | None, float, int]:

@@ -121,7 +121,7 @@ def prepared(
     ledger, asks = Ledger(path), {}
     for name, plan in plans.items():
         account = Account(settings.privacy.unit, name, scenario.dataset or scenario.name)
-        by_client = settings.privacy.unit == "client"  # one mechanism a round, whatever the client does locally
+        by_client = settings.privacy.unit in ("client", "local")  # one mechanism a round, whatever is done locally
         steps = 1 if by_client else local_steps(settings.local, roster[name].examples, True)
         asks[name] = account, plan.mechanism, steps
     ledger.open({asks[name][0]: (settings.privacy.budget, plan.delta) for name, plan in plans.items()})

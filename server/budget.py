@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from clients.task import Hello
-from privacy import accounting, cohort_noise
+from privacy import accounting, cohort_noise, local_noise
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios.settings import Settings
@@ -11,7 +11,7 @@ from server.select import local_steps, sampling_rate
 
 
 def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
-    """The plan of every client that has examples under privacy.unit=example, one for all under client; else empty.
+    """The plan of every client that has examples under privacy.unit=example, one for all under client and local.
 
     Raises Refused when a client would need more noise than privacy.max_noise, with the smallest epsilon for these
     rounds and the most rounds for this epsilon.
@@ -26,11 +26,19 @@ def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
             len(roster), fraction, total, minimum, wanted.epsilon, wanted.delta, wanted.clip, wanted.max_noise
         )
         return dict.fromkeys(sorted(roster), shared)
+    if wanted.unit == "local":
+        shared = local_noise.plan(len(roster), total, wanted.epsilon, wanted.delta, wanted.clip, wanted.max_noise)
+        return dict.fromkeys(sorted(roster), shared)
     made = {}
     for name, client in _holders(roster):
         rate = sampling_rate(settings.local, client.examples)
         steps = total * local_steps(settings.local, client.examples, True)
         delta = wanted.delta or accounting.default_delta(client.examples)
+        if delta >= 1 / client.examples:
+            raise Refused(
+                f"privacy.delta={delta:g} lets a mechanism publish one of the {client.examples} examples of {name} "
+                f"outright: set it below {1 / client.examples:.3g}, or unset it for 1 / (10 x a client's examples)"
+            )
         if accounting.epsilon({Mechanism(rate, wanted.max_noise): steps}, delta) > wanted.epsilon:
             raise Refused(_unreachable(roster, settings, total))
         noise = accounting.calibrate(rate, steps, wanted.epsilon, delta, wanted.max_noise)

@@ -49,7 +49,7 @@ def affordable(
     """Whether enough clients (rounds.minimum) can pay for one more round; always without DP."""
     able = 0
     for name, plan in plans.items():
-        by_client = settings.privacy.unit == "client"
+        by_client = settings.privacy.unit in ("client", "local")
         steps = 1 if by_client else select.local_steps(settings.local, roster[name].examples, True)
         able += spent.get(name, Spent()).steps + steps <= plan.steps
     return not plans or able >= max(1, settings.rounds.minimum)

@@ -9,8 +9,9 @@ from typing import Any
 
 from clients.task import Hello
 from clients.training import Node
-from privacy import accounting, certificate, cohort_noise, dp_sgd
+from privacy import certificate, dp_sgd
 from privacy.plan import Plan
+from privacy.promise import promise
 from scenarios.settings import Settings, knobs
 from server import select
 from server.accounts import Accounts
@@ -18,27 +19,6 @@ from server.state import Row, Score, ServerState, Spent
 
 SCHEMA = 1
 _PACKAGES = ("umbel", "flwr", "torch", "opacus", "dp-accounting", "onnx", "onnxruntime", "torch-pruning", "numpy")
-_NOT_COVERED = (
-    "the number of examples of each client, which weighs its update and sets its sampling rate",
-    "who took part in which round, when, for how long and with how many bytes",
-    "the split of labels over clients, where a simulation draws its partition from them",
-    "constants of the scenario that were chosen by looking at data, and settings tuned in earlier runs",
-    "floating-point and generator caveats: Gaussian noise in float32 from a Mersenne Twister seeded by the system",
-)
-_NOT_COVERED_BY_CLIENT = (
-    "the server: it sees the update of each client, clipped and without noise, and who took part",
-    "the names of the clients, how many they are, and the number of examples of each",
-    "the time that each round took, and what the network shows of who took part",
-    *_NOT_COVERED[2:4],
-    "floating-point and generator caveats: Gaussian noise in float64 from a PCG64 generator seeded by the system",
-)
-_AGAINST = {
-    "none": None,
-    "example": "everyone who sees what a client sends: the server, other clients, the network, readers of the model",
-    "client": "readers of the model and of this report, and other clients; not the server, which adds the noise itself",
-}
-_DELTA_RULE = {"example": "1 / (10 x the client's examples)", "client": "1 / (10 x the number of clients)"}
-_ADJACENCY = {"example": accounting.ADJACENCY, "client": cohort_noise.ADJACENCY}
 
 
 def collect(
@@ -105,6 +85,7 @@ def _privacy(
     compared: Mapping[str, Any],
 ) -> dict[str, Any]:
     wanted = node.settings.privacy
+    made = promise(wanted.unit, wanted.sampling, wanted.bands)
     why_not = None
     if wanted.unit == "none":
         why_not = "no privacy was asked for (privacy.unit=none)"
@@ -146,15 +127,15 @@ def _privacy(
         "why_not": why_not,
         "epsilon": wanted.epsilon if plans else None,
         "accountant": certificate.ACCOUNTANT if plans else None,
-        "adjacency": _ADJACENCY[wanted.unit] if plans else None,
-        "against": _AGAINST[wanted.unit],
-        "delta_rule": _delta_rule(wanted.unit, wanted.delta) if plans else None,
+        "adjacency": made.adjacency,
+        "against": made.against,
+        "delta_rule": made.delta_rule if wanted.delta is None or not plans else f"{wanted.delta:g} for every client",
         "clip": (state.clip or wanted.clip) if plans else None,
         "ledger": accounts.evidence(),
         "clients": clients,
         "worst_epsilon": max(epsilons, default=None),
         "median_epsilon": statistics.median(epsilons) if epsilons else None,
-        "not_covered": _not_covered(node, compared) if plans else [],
+        "not_covered": _not_covered(node, made.not_covered, compared) if plans else [],
     }
 
 
@@ -167,12 +148,8 @@ def _seeds(settings: Settings) -> str:
     )
 
 
-def _delta_rule(unit: str, delta: float | None) -> str:
-    return _DELTA_RULE[unit] if delta is None else f"{delta:g} for every client"
-
-
-def _not_covered(node: Node, compared: Mapping[str, Any]) -> list[str]:
-    texts = list(_NOT_COVERED_BY_CLIENT if node.settings.privacy.unit == "client" else _NOT_COVERED)
+def _not_covered(node: Node, promised: Sequence[str], compared: Mapping[str, Any]) -> list[str]:
+    texts = list(promised)
     if node.settings.evaluation.on == "clients":
         texts.insert(0, "test accuracy and loss that the clients computed, released without noise")
     if any(value is not None for name, value in compared.items() if name.endswith("accuracy")):

@@ -95,7 +95,9 @@ def rounds(
         row["loss"], row["accuracy"], row["worst_client_accuracy"] = score(state)
         row["epsilon"] = worst_epsilon(state, plans)
         row["seconds"] = time.monotonic() - began
-        journal.commit(state, row, accepted if central is None else chosen.paid)  # under `client` all pay alike
+        journal.commit(
+            state, row, accepted if settings.privacy.unit == "example" else chosen.paid
+        )  # a round is one step
         yield state, row
 
 
@@ -123,7 +125,7 @@ def _task(
     steps: int,
     clip: float,
 ) -> Task:
-    by_example = settings.privacy.unit == "example"
+    by_example, local = (settings.privacy.unit == unit for unit in ("example", "local"))
     plan = plans[name] if by_example else None  # under example-level DP there is no task without a plan
     return Task(
         kind="train",
@@ -137,7 +139,8 @@ def _task(
         deadline=settings.fleet.deadline if settings.fleet.clock == "wall" else 0.0,
         mechanism=plan.mechanism if plan else None,
         clip=plan.clip if plan else 0.0,
-        update_clip=clip if settings.privacy.unit == "client" else 0.0,
+        update_clip=clip if settings.privacy.unit in ("client", "local") else 0.0,
+        update_noise=plans[name].mechanism.noise_multiplier if local else 0.0,
     )
 
 
@@ -211,7 +214,7 @@ def _good(
             if reply.examples != roster[task.client].examples:
                 raise ValueError(f"trained on {reply.examples} examples, had {roster[task.client].examples} at first")
             update = codec.decode(reply.payload, len(task.weights))
-            if task.update_clip:
+            if task.update_clip and not task.update_noise:  # noised by its client it is long, and may be
                 update, _ = cohort_noise.clipped(update, task.update_clip)
         except ValueError as error:
             row["rejected"].append({"name": task.client, "reason": str(error)})

@@ -9,7 +9,7 @@ from clients import codecs
 from clients.device import profile
 from clients.task import Hello
 from clients.training import Node, digest
-from privacy import cohort_noise, dp_sgd
+from privacy import cohort_noise, dp_sgd, local_noise
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios import Scenario, build_model
@@ -147,10 +147,12 @@ def check(scenario: Scenario, settings: Settings) -> None:
         dp_sgd.check(model)
     if settings.privacy.budget is not None and settings.privacy.unit == "none":
         raise Refused(
-            "privacy.budget limits what is spent under DP: set privacy.unit=example or client, or leave it out"
+            "privacy.budget limits what is spent under DP: set privacy.unit=example, client or local, or leave it out"
         )
     if settings.privacy.budget is not None and settings.privacy.noise_seed is not None:
         raise Refused("privacy.budget cannot be kept with privacy.noise_seed, which promises nothing: leave one out")
+    if settings.privacy.unit == "local":
+        local_noise.check(model)
     if settings.privacy.unit == "client":
         cohort_noise.check(model, settings.server.combine, settings.server.normalize)
     elif settings.privacy.adapt:

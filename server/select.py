@@ -29,7 +29,8 @@ class Cohort:
     drawn: int = 0
     """How many were drawn, whether they could be asked or not."""
     paid: dict[str, int] = field(default_factory=dict)
-    """Steps that the round costs, by client: those asked; under client-level DP one for every client, drawn or not."""
+    """Steps that the round costs, by client: those asked; under local DP one; under client-level DP one for every
+    client, drawn or not."""
     reason: str | None = None
     """Why nobody could be asked, where that is so for all."""
 
@@ -111,12 +112,14 @@ def cohort(
                     chosen.seconds = fleet.deadline
                     continue
             chosen.seconds = max(chosen.seconds, link + steps * step)
-        if by_example and spent.get(name, 0) + steps > plans[name].steps:
+        cost = steps if by_example else 1
+        if plans and not by_client and spent.get(name, 0) + cost > plans[name].steps:
             reason = f"budget: epsilon {plans[name].epsilon:g} does not allow another round"
             chosen.skipped.append({"name": name, "reason": reason})
             continue
         chosen.steps[name] = steps
-    chosen.paid = dict.fromkeys(names, 1) if by_client else chosen.steps
+    asked = chosen.steps if by_example else dict.fromkeys(chosen.steps, 1)
+    chosen.paid = dict.fromkeys(names, 1) if by_client else asked
     return chosen
 
 
