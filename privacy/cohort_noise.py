@@ -94,16 +94,26 @@ class CohortNoise:
 
 
 def plan(
-    clients: int, rate: float, rounds: int, minimum: int, epsilon: float, delta: float | None, clip: float, most: float
+    clients: int,
+    rate: float,
+    rounds: int,
+    minimum: int,
+    epsilon: float,
+    delta: float | None,
+    clip: float,
+    most: float,
+    fixed: bool = False,
 ) -> Plan:
     """The one plan that all clients share: each of `rounds` rounds is a step of it, drawn or not.
 
     A draw of fewer than `minimum` clients is not released, which tells something about who was drawn: the chance that
-    it happens in any round is taken off delta. Raises Refused when that chance is above a tenth of delta, when delta is
-    so large that it allows to publish a client, or when more noise than `most` would be needed.
+    it happens in any round is taken off delta. `fixed`: every draw is of exactly rate x clients, so there is none.
+    Raises Refused when that chance is above a tenth of delta, when delta is so large that it allows to publish a
+    client, or when more noise than `most` would be needed.
     """
     delta = client_delta(delta, clients)
-    chance = rounds * _chance_below(minimum, clients - 1, rate) if rate < 1 else 0.0
+    chance = rounds * _chance_below(minimum, clients - 1, rate) if rate < 1 and not fixed else 0.0
+    population = clients if fixed else 0
     if chance > delta / 10:
         raise Refused(
             f"a draw falls below rounds.minimum={minimum} of {clients} clients with a chance of {chance:.2g} in "
@@ -112,10 +122,10 @@ def plan(
         )
     left = delta - chance
     with np.errstate(over="ignore"):  # dp-accounting divides by what is left of a mass next to 0
-        noise, least, longest = _calibrate(rate, rounds, epsilon, left, most)
+        noise, least, longest = _calibrate(rate, rounds, epsilon, left, most, population)
     if noise is None:
         raise Refused(unreachable(clients, rounds, epsilon, most, least, longest))
-    return Plan(Mechanism(rate, noise), clip, epsilon, left, rounds, chance)
+    return Plan(Mechanism(rate, noise, population), clip, epsilon, left, rounds, chance)
 
 
 def client_delta(delta: float | None, clients: int) -> float:
@@ -137,13 +147,16 @@ def unreachable(clients: int, rounds: int, epsilon: float, most: float, least: f
     )
 
 
-def _calibrate(rate: float, rounds: int, epsilon: float, delta: float, most: float) -> tuple[float | None, float, int]:
+def _calibrate(
+    rate: float, rounds: int, epsilon: float, delta: float, most: float, population: int
+) -> tuple[float | None, float, int]:
     """(the noise multiplier, None where it is above `most`; the smallest epsilon with `most`; the most rounds)."""
-    if (least := accounting.epsilon({Mechanism(rate, most): rounds}, delta)) > epsilon:
-        return None, least, accounting.most_steps(Mechanism(rate, most), epsilon, delta, rounds)
-    if accounting.epsilon({Mechanism(rate, _LEAST_NOISE): rounds}, delta) <= epsilon:
+    noisiest = Mechanism(rate, most, population)
+    if (least := accounting.epsilon({noisiest: rounds}, delta)) > epsilon:
+        return None, least, accounting.most_steps(noisiest, epsilon, delta, rounds)
+    if accounting.epsilon({Mechanism(rate, _LEAST_NOISE, population): rounds}, delta) <= epsilon:
         return _LEAST_NOISE, least, rounds
-    return accounting.calibrate(rate, rounds, epsilon, delta, most), least, rounds
+    return accounting.calibrate(rate, rounds, epsilon, delta, most, population), least, rounds
 
 
 def check(model: nn.Module, combine: str, normalize: bool) -> None:

@@ -168,6 +168,7 @@ class Ledger:
         refused = {}
         for account, (mechanism, steps) in asks.items():
             standing = self.accounts[account]
+            accounting.one_adjacency([mechanism, *+standing.history])
             if standing.budget is not None:
                 after = standing.history + Counter({mechanism: steps})
                 if not accounting.epsilon(after, standing.delta) <= standing.budget:

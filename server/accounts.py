@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clients.task import Hello
+from privacy import accounting
 from privacy.chain import Head
 from privacy.ledger import Account, Ledger
 from privacy.plan import Mechanism, Plan
@@ -124,6 +125,11 @@ def prepared(
         by_client = settings.privacy.unit in ("client", "local")  # one mechanism a round, whatever is done locally
         steps = 1 if by_client else local_steps(settings.local, roster[name].examples, True)
         asks[name] = account, plan.mechanism, steps
+    ledger.read()
+    for account, mechanism, _ in asks.values():
+        accounting.one_adjacency(
+            [mechanism, *(+ledger.accounts[account].history if account in ledger.accounts else ())]
+        )
     ledger.open({asks[name][0]: (settings.privacy.budget, plan.delta) for name, plan in plans.items()})
     return Accounts(folder, max(1, settings.rounds.minimum), ledger, run, asks)
 

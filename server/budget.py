@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 
 from clients.task import Hello
-from privacy import accounting, cohort_noise, local_noise
+from privacy import accounting, cohort_noise, fixed_size, local_noise, matrix_noise
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios.settings import Settings
-from server.select import local_steps, sampling_rate
+from server.select import cohort_size, local_steps, sampling_rate
 
 
 def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
@@ -20,11 +20,15 @@ def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
     if wanted.unit == "none":
         return {}
     total = settings.rounds.number + settings.export.recover_rounds
+    if wanted.unit == "client" and wanted.bands > 1:
+        limits = wanted.epsilon, wanted.delta, wanted.clip, wanted.max_noise
+        return dict.fromkeys(sorted(roster), matrix_noise.plan(len(roster), wanted.bands, total, *limits))
     if wanted.unit == "client":
         fraction, minimum = settings.rounds.fraction, settings.rounds.minimum
-        shared = cohort_noise.plan(
-            len(roster), fraction, total, minimum, wanted.epsilon, wanted.delta, wanted.clip, wanted.max_noise
-        )
+        if fixed := wanted.sampling == "fixed":
+            fraction = fixed_size.rate(len(roster), cohort_size(len(roster), settings))
+        limits = wanted.epsilon, wanted.delta, wanted.clip, wanted.max_noise
+        shared = cohort_noise.plan(len(roster), fraction, total, minimum, *limits, fixed)
         return dict.fromkeys(sorted(roster), shared)
     if wanted.unit == "local":
         shared = local_noise.plan(len(roster), total, wanted.epsilon, wanted.delta, wanted.clip, wanted.max_noise)

@@ -93,6 +93,8 @@ def _privacy(
         why_not = (
             "the noise is seeded (privacy.noise_seed) and can be computed and taken away by anyone who knows the seed"
         )
+    fixed = any(plan.mechanism.population for plan in plans.values())
+    accountant = certificate.FIXED_SIZE if fixed else certificate.ACCOUNTANT
     spent = {name: state.clients.get(name, Spent()) for name in plans}
     histories = [({plan.mechanism: spent[name].steps}, plan.delta) for name, plan in plans.items()]
     clients, epsilons = [], []
@@ -126,7 +128,7 @@ def _privacy(
         "guarantee": why_not is None,
         "why_not": why_not,
         "epsilon": wanted.epsilon if plans else None,
-        "accountant": certificate.ACCOUNTANT if plans else None,
+        "accountant": accountant if plans else None,
         "adjacency": made.adjacency,
         "against": made.against,
         "delta_rule": made.delta_rule if wanted.delta is None or not plans else f"{wanted.delta:g} for every client",

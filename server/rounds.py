@@ -13,6 +13,7 @@ import numpy as np
 from clients import codecs
 from clients.task import Hello, Reply, Task
 from privacy import accounting, cohort_noise
+from privacy.matrix_noise import BandedNoise
 from privacy.plan import Plan
 from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
@@ -76,6 +77,10 @@ def rounds(
         good = _good(fleet.ask(tasks), tasks, roster, settings, codec, row, accepted)
         if central is None:
             update = combined(good, settings.server)
+        elif isinstance(central, BandedNoise):
+            summed, _ = combine.total(good, len(state.weights))
+            update, noise = central.release(summed, clip, _random(settings, number), state.noise)
+            state = replace(state, noise=noise)
         else:  # noise, if central: on the sum, whoever replied
             update, clip = central.release(*combine.total(good, len(state.weights)), clip, _random(settings, number))
 
@@ -144,10 +149,12 @@ def _task(
     )
 
 
-def _central(plans: Mapping[str, Plan], settings: Settings) -> cohort_noise.CohortNoise:
+def _central(plans: Mapping[str, Plan], settings: Settings) -> cohort_noise.CohortNoise | BandedNoise:
     """The noise that the server adds under client-level DP."""
     wanted = settings.privacy
     plan = next(iter(plans.values()))  # all share it
+    if select.by_turns(settings):
+        return BandedNoise(plan.mechanism.noise_multiplier, wanted.bands, len(plans) / wanted.bands)
     expected = plan.mechanism.sampling_rate * len(plans)
     moves = wanted.adapt_rate if wanted.adapt else 0.0
     return cohort_noise.CohortNoise(plan.mechanism.noise_multiplier, expected, wanted.quantile, moves)
@@ -160,6 +167,9 @@ def _random(settings: Settings, number: int) -> np.random.Generator:
 
 def _too_few(chosen: select.Cohort, accepted: Mapping[str, int], settings: Settings) -> str | None:
     """Why the round is not applied. Under client-level DP the draw decides: replies would give names away."""
+    if select.by_turns(settings):
+        least = max(1, settings.rounds.minimum)
+        return f"fewer than {least} clients could be asked" if len(chosen.paid) < least else None
     if settings.privacy.unit == "client":
         few = chosen.drawn < settings.rounds.minimum
         return chosen.reason or (f"fewer than {settings.rounds.minimum} clients were drawn" if few else None)

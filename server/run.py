@@ -15,7 +15,7 @@ from privacy.refused import Refused
 from scenarios import Scenario, build_model
 from scenarios.settings import Settings, knobs
 from scenarios.weights import Vector, layout, unflatten
-from server import accounts, budget, combine, edge, facts, report, select, step
+from server import accounts, budget, combine, edge, facts, pairs, report, select, step
 from server.accounts import Accounts, Exhausted
 from server.record import RunFolder, save_named
 from server.references import references
@@ -151,6 +151,7 @@ def check(scenario: Scenario, settings: Settings) -> None:
         )
     if settings.privacy.budget is not None and settings.privacy.noise_seed is not None:
         raise Refused("privacy.budget cannot be kept with privacy.noise_seed, which promises nothing: leave one out")
+    pairs.check(settings)
     if settings.privacy.unit == "local":
         local_noise.check(model)
     if settings.privacy.unit == "client":
@@ -162,6 +163,8 @@ def check(scenario: Scenario, settings: Settings) -> None:
 def _enough(roster: Mapping[str, Hello], settings: Settings) -> None:
     """Refuse rounds that could never be applied."""
     drawn = select.cohort_size(len(roster), settings)
+    if not drawn:
+        raise Refused(f"privacy.bands={settings.privacy.bands} deals {len(roster)} clients into more groups: lower it")
     if drawn < settings.rounds.minimum:
         raise Refused(
             f"rounds.minimum={settings.rounds.minimum} is more than the {drawn} clients a round asks: lower it"
@@ -230,11 +233,11 @@ def _recover(job: Job, state: ServerState, final: Vector) -> tuple[ServerState |
 
 def _with_lost_rounds(job: Job, state: ServerState) -> ServerState:
     """What an interrupted round may have released counts as spent; seeded noise only repeats the same release."""
-    clients = dict(state.clients)
-    for name, steps in job.accounts.unanswered(state.round).items():
+    clients, lost = dict(state.clients), job.accounts.unanswered(state.round)
+    for name, steps in lost.items():
         before = clients.get(name, Spent())
         clients[name] = replace(before, steps=before.steps + steps)
-    return replace(state, clients=clients)
+    return replace(state, clients=clients, noise=None if lost else state.noise)  # a new block: privacy/matrix_noise.py
 
 
 def _save_weights(job: Job, state: ServerState) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from clients.device import step_seconds, transfer_seconds
 from clients.task import Device, Hello
-from privacy import cohort_noise
+from privacy import cohort_noise, fixed_size, matrix_noise
 from privacy.plan import Plan
 from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
@@ -29,8 +29,8 @@ class Cohort:
     drawn: int = 0
     """How many were drawn, whether they could be asked or not."""
     paid: dict[str, int] = field(default_factory=dict)
-    """Steps that the round costs, by client: those asked; under local DP one; under client-level DP one for every
-    client, drawn or not."""
+    """Steps that the round costs, by client: those asked; under local DP and by turns one; under client-level DP else
+    one for every client, drawn or not."""
     reason: str | None = None
     """Why nobody could be asked, where that is so for all."""
 
@@ -56,8 +56,15 @@ def sampling_rate(local: Local, examples: int) -> float:
 
 
 def cohort_size(clients: int, settings: Settings) -> int:
-    """How many of `clients` are drawn each round; under client-level DP on average."""
+    """How many of `clients` are drawn each round; by Poisson draws on average, by turns at least."""
+    if by_turns(settings):
+        return clients // settings.privacy.bands
     return max(1, round(settings.rounds.fraction * clients))
+
+
+def by_turns(settings: Settings) -> bool:
+    """Whether clients take turns that everybody may know: the noise is correlated (privacy/matrix_noise.py)."""
+    return settings.privacy.unit == "client" and settings.privacy.bands > 1
 
 
 def secret(settings: Settings) -> bool:
@@ -79,7 +86,8 @@ def cohort(
     names: all clients, sorted. traffic: bytes (down, up) a client. plans: empty without DP. spent: steps by client.
     """
     chosen, fleet = Cohort(), settings.fleet
-    by_client, by_example = (settings.privacy.unit == unit for unit in ("client", "example"))
+    by_example = settings.privacy.unit == "example"
+    by_client = settings.privacy.unit == "client" and not by_turns(settings)  # all pay alike
     if by_client and any(spent.get(name, 0) >= plan.steps for name, plan in plans.items()):
         chosen.reason = f"budget: epsilon {settings.privacy.epsilon:g} does not allow another round"
         return chosen
@@ -127,7 +135,12 @@ def _drawn(names: Sequence[str], settings: Settings, number: int) -> Sequence[st
     if secret(settings):
         seed = settings.privacy.noise_seed
         random = cohort_noise.generator(None if seed is None else derive(seed, "cohort", number))
+        if settings.privacy.sampling == "fixed":
+            return fixed_size.draw(names, cohort_size(len(names), settings), random)
         return cohort_noise.sample(names, settings.rounds.fraction, random)
+    if by_turns(settings):
+        dealt = np.random.default_rng(derive(settings.run.seed, "turns"))
+        return matrix_noise.turns(names, settings.privacy.bands, number, dealt)
     size = cohort_size(len(names), settings)
     if size == len(names):
         return names

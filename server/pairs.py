@@ -1,0 +1,27 @@
+"""Privacy settings that do not fit one another, refused before anyone is asked."""
+
+from privacy.refused import Refused
+from scenarios.settings import Settings
+
+
+def check(settings: Settings) -> None:
+    """Raises Refused, in one line, for sampling or bands that the unit, or each other, makes no sense of."""
+    privacy, fraction = settings.privacy, settings.rounds.fraction
+    if privacy.sampling == "fixed" and privacy.unit != "client":
+        raise Refused(f"privacy.sampling=fixed is for privacy.unit=client, not {privacy.unit}: set it to poisson")
+    if privacy.sampling == "fixed" and fraction == 1:
+        raise Refused("privacy.sampling=fixed draws a part of the clients: set rounds.fraction below 1, or poisson")
+    if privacy.bands == 1:
+        return
+    if privacy.unit != "client":
+        raise Refused(f"privacy.bands is for privacy.unit=client, not {privacy.unit}: set privacy.bands=1")
+    if fraction < 1 or privacy.sampling == "fixed":
+        raise Refused(
+            f"privacy.bands={privacy.bands} asks each client once in {privacy.bands} rounds, by turns that all may "
+            "know: set rounds.fraction=1 and privacy.sampling=poisson, or privacy.bands=1"
+        )
+    if privacy.adapt:
+        raise Refused(
+            "privacy.adapt moves the norm from round to round, and the noise of privacy.bands is that of one norm: set "
+            "privacy.adapt=false or privacy.bands=1"
+        )
