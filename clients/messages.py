@@ -30,6 +30,7 @@ _TASK: dict[str, type] = {
     "deadline": float,
     "clip": float,
     "update_clip": float,
+    "update_noise": float,
     "sampling_rate": float,
     "noise_multiplier": float,
     "names": list,
@@ -108,6 +109,7 @@ def decode_task(record: RecordDict) -> Task:
         mechanism=_mechanism(fields),
         clip=fields["clip"],
         update_clip=fields["update_clip"],
+        update_noise=fields["update_noise"],
     )
 
 

@@ -58,7 +58,9 @@ class Task:
     clip: float = 0.0
     """Clipping norm of one example's gradient."""
     update_clip: float = 0.0
-    """Client-level DP: clipping norm of the whole update; 0: without."""
+    """Client-level and local DP: clipping norm of the whole update; 0: without."""
+    update_noise: float = 0.0
+    """Local DP: standard deviation of the noise on the update in units of 2 x update_clip; 0: without."""
 
 
 @dataclass(frozen=True)

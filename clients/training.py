@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from clients import codecs, device
 from clients.task import Device, Hello, Reply, Task
-from privacy import cohort_noise, dp_sgd, noisy_counts
+from privacy import cohort_noise, dp_sgd, local_noise, noisy_counts
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, build_model, predict
 from scenarios.seeds import derive
@@ -82,6 +82,10 @@ def _train(node: Node, task: Task) -> Reply:
     norms = {task.update_clip} - {0.0} if settings.privacy.adapt else {settings.privacy.update_norm}
     if settings.privacy.by_client and task.update_clip not in norms:
         raise Refused("the task is without the clipping norm that this node's settings ask for")
+    wanted, number = settings.privacy, settings.rounds.number
+    if wanted.unit == "local":
+        asked = task.update_clip, task.update_noise
+        local_noise.hold_to(*asked, wanted.clip, wanted.epsilon, wanted.delta, number)
     examples = node.federation.client(task.client)
     model = _model(node, task)
     with torch.random.fork_rng(devices=[]):
@@ -90,7 +94,11 @@ def _train(node: Node, task: Task) -> Reply:
     if not steps:
         return Reply(task.round, task.client, reason="the deadline came before its first step", late=True)
     update, within = flatten(model) - task.weights, True
-    if task.update_clip:
+    if task.update_noise:
+        seed = None if wanted.noise_seed is None else derive(wanted.noise_seed, "noise", task.round, task.client)
+        random = cohort_noise.generator(seed)
+        update = local_noise.noised(update, task.update_clip, task.update_noise, random)
+    elif task.update_clip:
         update, within = cohort_noise.clipped(update, task.update_clip)
     residual = _load_state(node.states, task)
     seed = derive(settings.run.seed, "codec", task.round, task.client)

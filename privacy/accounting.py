@@ -1,18 +1,18 @@
 """From what ran to what it cost: may a client join, what has it spent exactly, and the noise that a budget needs.
 
-Every answer is an upper bound on epsilon at delta, add-or-remove adjacency, mechanisms composed in any order. What is
-signed for comes from `privacy.certificate`, which is never above what is said here.
+Every answer is an upper bound on epsilon at delta, mechanisms composed in any order, at add-or-remove adjacency, or at
+replace-one where all have a population (`one_adjacency`). What is signed for comes from `privacy.certificate`, which is
+never above what is said here.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from privacy import fourier, renyi
 from privacy.plan import History, Mechanism
 from privacy.refused import Refused
 
-ADJACENCY = "add or remove one example"
 _TIGHT = 2e-3
 _MARGIN = 1e-4
 
@@ -33,6 +33,15 @@ def may_join(histories: Sequence[History], deltas: Sequence[float], budgets: Seq
         bool(bound <= budget) or epsilon(history, delta) <= budget
         for bound, history, delta, budget in zip(quick, histories, deltas, budgets, strict=True)
     ]
+
+
+def one_adjacency(mechanisms: Iterable[Mechanism]) -> None:
+    """Refuse to add up what is promised for different neighbours: their epsilons have no common meaning."""
+    if len({mechanism.population > 0 for mechanism in mechanisms}) > 1:
+        raise Refused(
+            "cohorts of a fixed size (replace one client) cannot be added to what was spent at add-or-remove-one: keep "
+            "privacy.sampling as it was for this data, or name another folder by --state"
+        )
 
 
 def merged(history: History) -> tuple[tuple[Mechanism, int], ...]:
@@ -59,6 +68,7 @@ def epsilon(history: History, delta: float) -> float:
     if not 0 < delta < 1:
         raise Refused(f"delta must lie between 0 and 1, it is {delta:g}")
     counts = tuple(sorted((mechanism, count) for mechanism, count in history.items() if count > 0))
+    one_adjacency(mechanism for mechanism, _ in counts)
     if any(mechanism.noise_multiplier == 0 for mechanism, _ in counts):
         return math.inf
     return _epsilon(counts, delta) if counts else 0.0
@@ -70,6 +80,8 @@ def _epsilon(counts: tuple[tuple[Mechanism, int], ...], delta: float) -> float:
         ((one, _),) = merged(dict(counts))
         return gaussian(1 / one.noise_multiplier, delta)
     bound = float(renyi.epsilons([dict(counts)], [delta])[0])
+    if all(mechanism.population for mechanism, _ in counts):  # or as if nobody were drawn by chance
+        return min(bound, gaussian(math.sqrt(sum(count * (2 / m.noise_multiplier) ** 2 for m, count in counts)), delta))
     exact = fourier.epsilon(counts, delta)
     return bound if exact is None else min(bound, exact)
 
@@ -99,7 +111,9 @@ def gaussian(mu: float, delta: float) -> float:
     return high * (1 + 5e-10)
 
 
-def calibrate(sampling_rate: float, steps: int, budget: float, delta: float, max_noise: float) -> float:
+def calibrate(
+    sampling_rate: float, steps: int, budget: float, delta: float, max_noise: float, population: int = 0
+) -> float:
     """The noise multiplier with which `steps` steps cost at most `budget`, and at least 0.998 of it.
 
     One part in 10,000 is left, so that the certificate, computed on another grid, keeps the budget as well.
@@ -107,7 +121,7 @@ def calibrate(sampling_rate: float, steps: int, budget: float, delta: float, max
     """
 
     def cost(noise_multiplier: float) -> float:
-        return epsilon({Mechanism(sampling_rate, noise_multiplier): steps}, delta)
+        return epsilon({Mechanism(sampling_rate, noise_multiplier, population): steps}, delta)
 
     if (least := cost(max_noise)) > budget:
         raise Refused(f"epsilon {budget:g} needs more noise than privacy.max_noise={max_noise:g} allows: {least:.4g}")

@@ -22,7 +22,6 @@ from privacy import accounting
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 
-ADJACENCY = "add or remove one client with all its examples; how many clients there are is public"
 _LEAST_NOISE = 0.1
 """Where a client is drawn so rarely that delta alone would cover it without noise, there is noise all the same."""
 _Vector = NDArray[np.float32]
@@ -103,21 +102,19 @@ def plan(
     delta: float | None,
     clip: float,
     most: float,
+    fixed: bool = False,
     setting: str = "privacy.epsilon",
 ) -> Plan:
     """The one plan that all clients share: each of `rounds` rounds is a step of it, drawn or not.
 
     A draw of fewer than `minimum` clients is not released, which tells something about who was drawn: the chance that
-    it happens in any round is taken off delta. Raises Refused when that chance is above a tenth of delta, when delta is
-    so large that it allows to publish a client, or when more noise than `most` would be needed.
+    it happens in any round is taken off delta. `fixed`: every draw is of exactly rate x clients, so there is none.
+    Raises Refused when that chance is above a tenth of delta, when delta is so large that it allows to publish a
+    client, or when more noise than `most` would be needed.
     """
-    if delta is not None and delta >= 1 / clients:
-        raise Refused(
-            f"privacy.delta={delta:g} lets a mechanism publish one of {clients} clients outright: set it below "
-            f"{1 / clients:.3g}, or unset it for {accounting.default_delta(clients):.3g}"
-        )
-    delta = delta or accounting.default_delta(clients)
-    chance = rounds * _chance_below(minimum, clients - 1, rate) if rate < 1 else 0.0
+    delta = client_delta(delta, clients)
+    chance = rounds * _chance_below(minimum, clients - 1, rate) if rate < 1 and not fixed else 0.0
+    population = clients if fixed else 0
     if chance > delta / 10:
         raise Refused(
             f"a draw falls below rounds.minimum={minimum} of {clients} clients with a chance of {chance:.2g} in "
@@ -126,23 +123,49 @@ def plan(
         )
     left = delta - chance
     with np.errstate(over="ignore"):  # dp-accounting divides by what is left of a mass next to 0
-        noise, least, longest = _calibrate(rate, rounds, epsilon, left, most)
+        noise, least, longest = _calibrate(rate, rounds, epsilon, left, most, population)
     if noise is None:
+        raise Refused(unreachable(clients, rounds, epsilon, most, least, longest, setting))
+    return Plan(Mechanism(rate, noise, population), clip, epsilon, left, rounds, chance)
+
+
+def client_delta(delta: float | None, clients: int) -> float:
+    """`delta`, or the rule's; raises Refused for one that is so large that it allows to publish a client."""
+    if delta is not None and delta >= 1 / clients:
         raise Refused(
-            f"{setting}={epsilon:g} cannot be reached for {clients} clients in {rounds} rounds, recovery "
-            f"included, with privacy.max_noise={most:g}: the smallest epsilon for these rounds is {least:.4g}, the "
-            f"most rounds for this epsilon are {longest}"
+            f"privacy.delta={delta:g} lets a mechanism publish one of {clients} clients outright: set it below "
+            f"{1 / clients:.3g}, or unset it for {accounting.default_delta(clients):.3g}"
         )
-    return Plan(Mechanism(rate, noise), clip, epsilon, left, rounds, chance)
+    return delta or accounting.default_delta(clients)
 
 
-def _calibrate(rate: float, rounds: int, epsilon: float, delta: float, most: float) -> tuple[float | None, float, int]:
+def unreachable(
+    clients: int,
+    rounds: int,
+    epsilon: float,
+    most: float,
+    least: float,
+    longest: int,
+    setting: str = "privacy.epsilon",
+) -> str:
+    """Why a plan is refused, and what would work: the smallest epsilon, the most rounds."""
+    return (
+        f"{setting}={epsilon:g} cannot be reached for {clients} clients in {rounds} rounds, recovery "
+        f"included, with privacy.max_noise={most:g}: the smallest epsilon for these rounds is {least:.4g}, the "
+        f"most rounds for this epsilon are {longest}"
+    )
+
+
+def _calibrate(
+    rate: float, rounds: int, epsilon: float, delta: float, most: float, population: int
+) -> tuple[float | None, float, int]:
     """(the noise multiplier, None where it is above `most`; the smallest epsilon with `most`; the most rounds)."""
-    if (least := accounting.epsilon({Mechanism(rate, most): rounds}, delta)) > epsilon:
-        return None, least, accounting.most_steps(Mechanism(rate, most), epsilon, delta, rounds)
-    if accounting.epsilon({Mechanism(rate, _LEAST_NOISE): rounds}, delta) <= epsilon:
+    noisiest = Mechanism(rate, most, population)
+    if (least := accounting.epsilon({noisiest: rounds}, delta)) > epsilon:
+        return None, least, accounting.most_steps(noisiest, epsilon, delta, rounds)
+    if accounting.epsilon({Mechanism(rate, _LEAST_NOISE, population): rounds}, delta) <= epsilon:
         return _LEAST_NOISE, least, rounds
-    return accounting.calibrate(rate, rounds, epsilon, delta, most), least, rounds
+    return accounting.calibrate(rate, rounds, epsilon, delta, most, population), least, rounds
 
 
 def check(model: nn.Module, combine: str, normalize: bool) -> None:

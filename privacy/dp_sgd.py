@@ -153,8 +153,13 @@ class PrivateGradient:
             parameter.grad = parameter.grad_sample = parameter.summed_grad = None  # type: ignore[attr-defined]
 
 
-def epsilon_rdp(history: History, delta: float) -> float:
-    """Opacus' Renyi accountant on the same history: valid, looser, independent of the one that is claimed."""
+def epsilon_rdp(history: History, delta: float) -> float | None:
+    """Opacus' Renyi accountant on the same history: valid, looser, independent of the one that is claimed.
+
+    None for cohorts of a fixed size, which Opacus does not know.
+    """
+    if any(mechanism.population for mechanism in history):
+        return None
     accountant = RDPAccountant()
     accountant.history = [(m.noise_multiplier, m.sampling_rate, count) for m, count in sorted(history.items()) if count]
     if not accountant.history:
@@ -167,8 +172,10 @@ def epsilon_rdp(history: History, delta: float) -> float:
 def epsilon_prv(history: History, delta: float) -> tuple[float, float] | None:
     """Opacus' PRV accountant: epsilon lies between the two (Gopi, Lee and Wutschitz 2021, Theorem 5.5).
 
-    None where it gives no answer: its grid would not fit in memory, or its own checks fail.
+    None where it gives no answer: its grid would not fit in memory, its own checks fail, or cohorts have a fixed size.
     """
+    if any(mechanism.population for mechanism in history):
+        return None
     accountant = PRVAccountant()
     accountant.history = [(m.noise_multiplier, m.sampling_rate, count) for m, count in sorted(history.items()) if count]
     if not accountant.history:

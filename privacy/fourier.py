@@ -57,8 +57,11 @@ def epsilon(counts: Sequence[tuple[Mechanism, int]], delta: float) -> float | No
     """An upper bound on epsilon of `counts` (at least one, all with noise); None if out of reach.
 
     A window of more than 2^18 points gets a wider interval, which is looser. Out of reach is one that is too wide at
-    the widest (an epsilon of a thousand), or a delta that rounding swallows.
+    the widest (an epsilon of a thousand), or a delta that rounding swallows; and cohorts of a fixed size, for which
+    there is no tight pair of distributions here: the Renyi bound is their answer.
     """
+    if any(mechanism.population for mechanism, _ in counts):
+        return None
     interval = min(_interval(mechanism) for mechanism, _ in counts)
     widest = max(20 / m.noise_multiplier + m.noise_multiplier**-2 for m, _ in counts)  # a step's loss, ten deviations
     while interval <= _INTERVALS[0]:

@@ -7,7 +7,7 @@ Where a step was reserved and nobody said what came of it, it counts as spent.
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +113,7 @@ class Ledger:
                 key = {"account": self._numbers[account], "run": run, "round": number}
                 attempt = attempt + 1 if last == number else 1
                 bodies.append(
-                    {"kind": "RESERVE", **key, "attempt": attempt, "mechanism": astuple(mechanism), "steps": steps}
+                    {"kind": "RESERVE", **key, "attempt": attempt, "mechanism": mechanism.figures, "steps": steps}
                 )
             self.chain.append(file, bodies)
         self._untouched |= {(run, number, account) for account in asks if account not in refused}
@@ -173,6 +173,7 @@ class Ledger:
         refused = {}
         for account, (mechanism, steps) in asks.items():
             standing = self.accounts[account]
+            accounting.one_adjacency([mechanism, *+standing.history])
             if standing.budget is not None:
                 after = standing.history + Counter({mechanism: steps})
                 if not accounting.epsilon(after, standing.delta) <= standing.budget:

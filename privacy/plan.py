@@ -11,21 +11,39 @@ History = Mapping["Mechanism", int]
 
 @dataclass(frozen=True, order=True)
 class Mechanism:
-    """A Poisson sample, clipped vectors summed, Gaussian noise added.
+    """A sample, clipped vectors summed, Gaussian noise added.
 
-    A step of DP-SGD over examples and their gradients, or a round over clients and their updates.
+    A step of DP-SGD over examples and their gradients, a round over clients and their updates, or one client's update.
     """
 
     sampling_rate: float
     """Chance of each example (client) to be in the sample; 1: all of them, every step."""
     noise_multiplier: float
-    """Standard deviation of the noise in units of the clipping norm."""
+    """Standard deviation of the noise in units of the clipping norm C; under local DP of the sensitivity 2C."""
+    population: int = 0
+    """0: a Poisson sample, add or remove one. n: exactly rate x n of n, replace one (privacy/fixed_size.py)."""
+
+    def __post_init__(self) -> None:
+        if self.population and not (0 < self.sampling_rate < 1 and self.population > 1):
+            raise ValueError(f"a fixed number cannot be {self.sampling_rate:g} of {self.population}")
 
     @property
     def event(self) -> dp.DpEvent:
-        """What to account: add-or-remove-one adjacency (Abadi et al. 2016; Mironov et al. 2019)."""
+        """What to account. Add or remove one (Abadi et al. 2016; Mironov et al. 2019); with a population replace one,
+        where one vector changes the sum by up to 2C, so noise of z C is z / 2 sensitivities (Wang et al. 2019).
+        """
+        if self.population:
+            drawn = round(self.sampling_rate * self.population)
+            noise = dp.GaussianDpEvent(self.noise_multiplier / 2)
+            return dp.SampledWithoutReplacementDpEvent(self.population, drawn, noise)
         gaussian = dp.GaussianDpEvent(self.noise_multiplier)
         return gaussian if self.sampling_rate == 1 else dp.PoissonSampledDpEvent(self.sampling_rate, gaussian)
+
+    @property
+    def figures(self) -> tuple[float, ...]:
+        """What identifies it on paper: Mechanism(*figures) is this one. Without a population two numbers, as ever."""
+        both = self.sampling_rate, self.noise_multiplier
+        return (*both, self.population) if self.population else both
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import dp_accounting as dp
+from dp_accounting import gaussian_mechanism
 from dp_accounting.pld import PLDAccountant
 
 _FIRST = b"umbel ledger 1\n"
 _INTERVAL = 1e-4
+_ORDERS = [*range(2, 25), 320, 512, 1024]
+"""At these the bound of sampling without replacement has no differences that cancel."""
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -42,12 +45,12 @@ def records(path: Path) -> list[dict[str, Any]]:
 
 
 def accounts(bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """{unit, client, dataset, epsilon, delta} of each account: an upper bound at add-or-remove adjacency.
+    """{unit, client, dataset, epsilon, delta} of each account: an upper bound at the adjacency of what ran.
 
     Every reservation counts: in full, or as its COMMIT says; one with a VOID not at all.
     """
     opened: dict[int, dict[str, Any]] = {}
-    reserved: dict[tuple[int, str, int, int], tuple[float, float, int]] = {}
+    reserved: dict[tuple[int, str, int, int], tuple[tuple[float, ...], int]] = {}
     for sequence, body in enumerate(bodies, 1):
         if body["kind"] == "OPEN":
             who = {key: body[key] for key in ("unit", "client", "dataset")}
@@ -56,27 +59,46 @@ def accounts(bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         key = (body["account"], body["run"], body["round"], body["attempt"])
         if body["kind"] == "RESERVE":
-            reserved[key] = (*body["mechanism"], body["steps"])
+            reserved[key] = tuple(body["mechanism"]), body["steps"]
         else:
-            rate, noise, _ = reserved[key]
-            reserved[key] = (rate, noise, body["steps"] if body["kind"] == "COMMIT" else 0)
+            reserved[key] = reserved[key][0], body["steps"] if body["kind"] == "COMMIT" else 0
+    known: dict[Any, float] = {}  # where one mechanism runs for all, their accounts are alike
     for number, row in opened.items():
-        steps: dict[tuple[float, float], int] = {}
-        for key, (rate, noise, count) in reserved.items():
+        steps: dict[tuple[float, ...], int] = {}
+        for key, (mechanism, count) in reserved.items():
             if key[0] == number and count:
-                steps[rate, noise] = steps.get((rate, noise), 0) + count
-        row["epsilon"] = _epsilon(steps, row["delta"])
+                steps[mechanism] = steps.get(mechanism, 0) + count
+        if (alike := (frozenset(steps.items()), row["delta"])) not in known:
+            known[alike] = _epsilon(steps, row["delta"])
+        row["epsilon"] = known[alike]
     return list(opened.values())
 
 
-def _epsilon(steps: dict[tuple[float, float], int], delta: float) -> float:
+def _epsilon(steps: dict[tuple[float, ...], int], delta: float) -> float:
+    if any(mechanism[1] == 0 for mechanism in steps):
+        return math.inf
+    if fixed := sum(len(mechanism) == 3 for mechanism in steps):
+        if fixed < len(steps):
+            raise ValueError("an account mixes cohorts of a fixed size with others, which have another adjacency")
+        return _fixed_size(steps, delta)
     accountant = PLDAccountant(value_discretization_interval=_INTERVAL)
     for (rate, noise), count in steps.items():
-        if noise == 0:
-            return math.inf
         gaussian = dp.GaussianDpEvent(noise)
         accountant.compose(gaussian if rate == 1 else dp.PoissonSampledDpEvent(rate, gaussian), count)
     return float(accountant.get_epsilon(delta)) if steps else 0.0
+
+
+def _fixed_size(steps: dict[tuple[float, ...], int], delta: float) -> float:
+    """Replace one of n, which moves a sum by 2C: sampling without replacement by Renyi, or as if all were asked."""
+    sampled = dp.rdp.RdpAccountant(_ORDERS, dp.NeighboringRelation.REPLACE_ONE)
+    squares = 0.0
+    for (rate, noise, clients), count in steps.items():
+        gaussian = dp.GaussianDpEvent(noise / 2)
+        event = dp.SampledWithoutReplacementDpEvent(int(clients), round(rate * clients), gaussian)
+        sampled.compose(event, count)
+        squares += count * (2 / noise) ** 2
+    everyone = gaussian_mechanism.get_epsilon_gaussian(1 / math.sqrt(squares), delta)
+    return min(float(sampled.get_epsilon(delta)), float(everyone))
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ from math import lgamma, log, log1p
 import numpy as np
 from numpy.typing import NDArray
 
+from privacy import fixed_size
 from privacy.plan import History, Mechanism
 
 Array = NDArray[np.float64]
@@ -20,13 +21,16 @@ ORDERS = np.array([*range(2, 65), *range(68, 129, 4), *range(144, 257, 16), 320,
 
 @lru_cache(maxsize=16_384)
 def row(mechanism: Mechanism) -> Array:
-    """(O,) Renyi divergence of one step, for adding and for removing one example; read only.
+    """(O,) Renyi divergence of one step, for adding and for removing one example, or for replacing one; read only.
 
     Mironov, Talwar and Zhang 2019, Section 3.3: log sum_k C(a, k) (1-q)^(a-k) q^k exp((k^2-k) / 2z^2) / (a-1).
+    Of a fixed size: privacy/fixed_size.py.
     """
     rate, noise = mechanism.sampling_rate, mechanism.noise_multiplier
     found = np.full(len(ORDERS), np.inf)
-    if noise and rate == 1:
+    if noise and mechanism.population:
+        found = fixed_size.divergences(rate, noise, ORDERS)
+    elif noise and rate == 1:
         found = ORDERS / (2 * noise**2)
     elif noise:
         for i, order in enumerate(int(a) for a in ORDERS):

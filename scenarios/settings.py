@@ -64,8 +64,10 @@ class Server(Section):
 
 
 class Privacy(Section):
-    unit: Literal["none", "example", "client", "both"] = Field(
-        "none", description="what one change of the data is: none, example, client (noised by the server), both"
+    unit: Literal["none", "example", "client", "both", "local"] = Field(
+        "none",
+        description="what one change of the data is: none, example, client (noised by the server), both, "
+        "local (a client, noised by itself)",
     )
     epsilon: float = Field(8.0, gt=0, description="budget of every client over the whole run, recovery included")
     client_epsilon: float | None = Field(
@@ -80,6 +82,14 @@ class Privacy(Section):
     adapt: bool = Field(False, description="client: move the norm towards a quantile of the updates' lengths, under DP")
     quantile: float = Field(0.5, gt=0, lt=1, description="adapt: share of updates that are to be within the norm")
     adapt_rate: float = Field(0.2, gt=0, le=1, description="adapt: step of the norm's logarithm")
+    sampling: Literal["poisson", "fixed"] = Field(
+        "poisson", description="client: cohorts by a coin for each client, or of a fixed size (replace-one adjacency)"
+    )
+    bands: int = Field(
+        1,
+        ge=1,
+        description="client: over 1 the noise of that many rounds is correlated, and a client joins one in them",
+    )
     max_noise: float = Field(100.0, gt=0, description="largest noise multiplier; more is refused")
     noise_seed: int | None = Field(None, ge=0, description="reproducible noise, for tests and replays: no guarantee")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clients.task import Hello
+from privacy import accounting
 from privacy.chain import Head
 from privacy.ledger import Account, Ledger
 from privacy.plan import Mechanism, Plan
@@ -173,7 +174,7 @@ def prepared(
     ledger, opened = Ledger(path), dict[Account, tuple[float | None, float]]()
     asks: dict[str, tuple[Charge, ...]] = {}
     data, budget = scenario.dataset or scenario.name, settings.privacy.budget
-    unit = "client" if settings.privacy.unit == "client" else "example"
+    unit = "example" if settings.privacy.unit == "both" else settings.privacy.unit
     for name, plan in plans.items():
         first = Charge(Account(unit, name, data), plan.mechanism, round_steps(settings, roster[name].examples))
         opened[first.account] = budget, plan.delta
@@ -187,6 +188,10 @@ def prepared(
         charge = Charge(Account("example", name, f"{data} (test)"), plan.mechanism, 1, by_round=True)
         opened[charge.account] = budget, plan.delta
         examined[name] = charge, plan.steps
+    ledger.read()
+    for charge in (charge for charges in asks.values() for charge in charges):
+        known = ledger.accounts.get(charge.account)
+        accounting.one_adjacency([charge.mechanism, *(+known.history if known else ())])
     ledger.open(opened)
     return Accounts(folder, max(1, settings.rounds.minimum), ledger, run, asks, examined)
 

@@ -3,15 +3,15 @@
 from collections.abc import Mapping
 
 from clients.task import Hello
-from privacy import accounting, cohort_noise, noisy_counts
+from privacy import accounting, cohort_noise, fixed_size, local_noise, matrix_noise, noisy_counts
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios.settings import Settings
-from server.select import local_steps, sampling_rate
+from server.select import cohort_size, local_steps, sampling_rate
 
 
 def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
-    """The plan of every client that has examples under privacy.unit=example, one for all under client; else empty.
+    """The plan of every client that has examples under privacy.unit=example, one for all under client and local.
 
     Under both each client with examples has its own plan, and in it the one of the client as a whole.
 
@@ -22,8 +22,14 @@ def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
     if wanted.unit == "none":
         return {}
     total = settings.rounds.number + settings.export.recover_rounds
+    if wanted.unit == "client" and wanted.bands > 1:
+        limits = wanted.epsilon, wanted.delta, wanted.clip, wanted.max_noise
+        return dict.fromkeys(sorted(roster), matrix_noise.plan(len(roster), wanted.bands, total, *limits))
     if wanted.unit == "client":
         return dict.fromkeys(sorted(roster), _whole(len(roster), settings, total, wanted.epsilon))
+    if wanted.unit == "local":
+        shared = local_noise.plan(len(roster), total, wanted.epsilon, wanted.delta, wanted.clip, wanted.max_noise)
+        return dict.fromkeys(sorted(roster), shared)
     made, holders = {}, _holders(roster)
     whole = None
     if wanted.unit == "both" and holders:
@@ -32,6 +38,11 @@ def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
         rate = sampling_rate(settings.local, client.examples)
         steps = total * local_steps(settings.local, client.examples, True)
         delta = wanted.delta or accounting.default_delta(client.examples)
+        if delta >= 1 / client.examples:
+            raise Refused(
+                f"privacy.delta={delta:g} lets a mechanism publish one of the {client.examples} examples of {name} "
+                f"outright: set it below {1 / client.examples:.3g}, or unset it for 1 / (10 x a client's examples)"
+            )
         if accounting.epsilon({Mechanism(rate, wanted.max_noise): steps}, delta) > wanted.epsilon:
             raise Refused(_unreachable(roster, settings, total))
         noise = accounting.calibrate(rate, steps, wanted.epsilon, delta, wanted.max_noise)
@@ -55,10 +66,12 @@ def test_plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Pla
 
 
 def _whole(clients: int, settings: Settings, total: int, epsilon: float) -> Plan:
-    wanted, asked = settings.privacy, settings.rounds
-    bounds = wanted.update_norm, wanted.max_noise
+    wanted, asked, rate = settings.privacy, settings.rounds, settings.rounds.fraction
+    if fixed := wanted.sampling == "fixed":
+        rate = fixed_size.rate(clients, cohort_size(clients, settings))
+    limits = wanted.delta, wanted.update_norm, wanted.max_noise, fixed
     named = "privacy.client_epsilon" if wanted.client_epsilon else "privacy.epsilon"
-    return cohort_noise.plan(clients, asked.fraction, total, asked.minimum, epsilon, wanted.delta, *bounds, named)
+    return cohort_noise.plan(clients, rate, total, asked.minimum, epsilon, *limits, named)
 
 
 def _unreachable(roster: Mapping[str, Hello], settings: Settings, total: int) -> str:

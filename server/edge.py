@@ -39,6 +39,7 @@ def pruned_state(node: Node, state: ServerState, final: Vector, number: int) -> 
         layout=layout(model),
         step=step.resolve(settings.server).init(len(weights)),
         until=state.round + number,
+        noise=None,  # of as many entries as the unpruned weights: a new block begins (privacy/matrix_noise.py)
         clients={name: replace(spent, last=0) for name, spent in state.clients.items()},  # residuals of another model
     )
 

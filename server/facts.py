@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 from clients.task import Hello
 from clients.training import Node
-from privacy import accounting, certificate, cohort_noise, dp_sgd
+from privacy import certificate, dp_sgd
 from privacy.plan import History, Plan
+from privacy.promise import promise
 from scenarios.settings import Settings, knobs
 from server import select
 from server.accounts import Accounts, Charge
@@ -18,29 +19,6 @@ from server.state import Row, Score, ServerState, Spent
 
 SCHEMA = 1
 _PACKAGES = ("umbel", "flwr", "torch", "opacus", "dp-accounting", "onnx", "onnxruntime", "torch-pruning", "numpy")
-_NOT_COVERED = (
-    "the number of examples of each client, which weighs its update and sets its sampling rate",
-    "who took part in which round, when, for how long and with how many bytes",
-    "the split of labels over clients, where a simulation draws its partition from them",
-    "constants of the scenario that were chosen by looking at data, and settings tuned in earlier runs",
-    "floating-point and generator caveats: Gaussian noise in float32 from a Mersenne Twister seeded by the system",
-)
-_NOT_COVERED_BY_CLIENT = (
-    "the server: it sees the update of each client, clipped and without noise, and who took part",
-    "the names of the clients, how many they are, and the number of examples of each",
-    "the time that each round took, and what the network shows of who took part",
-    *_NOT_COVERED[2:4],
-    "floating-point and generator caveats: Gaussian noise in float64 from a PCG64 generator seeded by the system",
-)
-_AGAINST: dict[str, str | None] = {
-    "none": None,
-    "example": "everyone who sees what a client sends: the server, other clients, the network, readers of the model",
-    "client": "readers of the model and of this report, and other clients; not the server, which adds the noise itself",
-}
-_DELTA_RULE = {"example": "1 / (10 x the client's examples)", "client": "1 / (10 x the number of clients)"}
-_ADJACENCY = {"example": accounting.ADJACENCY, "client": cohort_noise.ADJACENCY}
-for _texts in (_AGAINST, _DELTA_RULE, _ADJACENCY):
-    _texts["both"] = f"of an example: {_texts['example']}; of a client as a whole: {_texts['client']}"
 
 
 def collect(
@@ -109,6 +87,7 @@ def _privacy(
     compared: Mapping[str, Any],
 ) -> dict[str, Any]:
     wanted = node.settings.privacy
+    made = promise(wanted.unit, wanted.sampling, wanted.bands)
     why_not = None
     if wanted.unit == "none":
         why_not = "no privacy was asked for (privacy.unit=none)"
@@ -117,26 +96,28 @@ def _privacy(
             "simulation, no guarantee: the noise is seeded (privacy.noise_seed) and can be computed and taken away by "
             "anyone who knows the seed"
         )
+    fixed = any(plan.mechanism.population for plan in plans.values())
+    accountant = certificate.FIXED_SIZE if fixed else certificate.ACCOUNTANT
     spent = {name: state.clients.get(name, Spent()) for name in plans}
-    promises = [_Promise("", name, plan, spent[name].steps, accounts.charge(name)) for name, plan in plans.items()]
-    promises += [
-        _Promise("whole", name, plan.whole, spent[name].whole, accounts.charge(name, 1))
+    spendings = [_Spending("", name, plan, spent[name].steps, accounts.charge(name)) for name, plan in plans.items()]
+    spendings += [
+        _Spending("whole", name, plan.whole, spent[name].whole, accounts.charge(name, 1))
         for name, plan in plans.items()
         if plan.whole
     ]
-    promises += [
-        _Promise("tests", name, plan, accounts.evaluations(name, plan.steps), accounts.charge(name, tests=True))
+    spendings += [
+        _Spending("tests", name, plan, accounts.evaluations(name, plan.steps), accounts.charge(name, tests=True))
         for name, plan in tests.items()
     ]
     entries: dict[str, dict[str, Any]] = {"": {}, "whole": {}, "tests": {}}
-    certified = certificate.certify_all([promise.history for promise in promises])
-    for promise, proof in zip(promises, certified, strict=True):
+    certified = certificate.certify_all([one.history for one in spendings])
+    for one, proof in zip(spendings, certified, strict=True):
         if proof.contradicted:
             why_not = why_not or (
-                f"two accountants contradict each other on client {promise.client}: claimed {proof.epsilon:.6g}, "
+                f"two accountants contradict each other on client {one.client}: claimed {proof.epsilon:.6g}, "
                 f"at least {proof.low:.6g} by Opacus' PRV"
             )
-        entries[promise.kind][promise.client] = promise.entry(proof) | accounts.total(promise.charge)
+        entries[one.kind][one.client] = one.entry(proof) | accounts.total(one.charge)
     clients = [
         {
             "name": name,
@@ -154,10 +135,10 @@ def _privacy(
         "guarantee": why_not is None,
         "why_not": why_not,
         "epsilon": wanted.epsilon if plans else None,
-        "accountant": certificate.ACCOUNTANT if plans else None,
-        "adjacency": _ADJACENCY[wanted.unit] if plans else None,
-        "against": _AGAINST[wanted.unit],
-        "delta_rule": _delta_rule(wanted.unit, wanted.delta) if plans else None,
+        "accountant": accountant if plans else None,
+        "adjacency": made.adjacency,
+        "against": made.against,
+        "delta_rule": made.delta_rule if wanted.delta is None or not plans else f"{wanted.delta:g} for every client",
         "clip": (wanted.clip if wanted.by_example else state.clip or wanted.clip) if plans else None,
         "update_clip": (state.clip or wanted.update_clip) if wanted.unit == "both" else None,
         "ledger": accounts.evidence(),
@@ -166,11 +147,11 @@ def _privacy(
         "median_epsilon": statistics.median(epsilons) if epsilons else None,
         "worst_whole_epsilon": max((entry["epsilon"] for entry in entries["whole"].values()), default=None),
         "worst_tests_epsilon": max((entry["epsilon"] for entry in entries["tests"].values()), default=None),
-        "not_covered": _not_covered(node, compared) if plans else [],
+        "not_covered": _not_covered(node, made.not_covered, compared) if plans else [],
     }
 
 
-class _Promise(NamedTuple):
+class _Spending(NamedTuple):
     """One account of one client in this run: its examples' (or its own, by the unit), its own, its test examples'."""
 
     kind: str
@@ -205,16 +186,8 @@ def _seeds(settings: Settings) -> str:
     )
 
 
-def _delta_rule(unit: str, delta: float | None) -> str:
-    return _DELTA_RULE[unit] if delta is None else f"{delta:g} for every client"
-
-
-def _not_covered(node: Node, compared: Mapping[str, Any]) -> list[str]:
-    texts = list(_NOT_COVERED_BY_CLIENT if node.settings.privacy.unit == "client" else _NOT_COVERED)
-    if node.settings.privacy.unit == "both":
-        texts.insert(
-            0, "a client as a whole against the server, which sees its update noised for single examples alone"
-        )
+def _not_covered(node: Node, promised: Sequence[str], compared: Mapping[str, Any]) -> list[str]:
+    texts = list(promised)
     if node.settings.evaluation.on == "clients" and node.settings.evaluation.epsilon is None:
         texts.insert(0, "test accuracy and loss that the clients computed, released without noise")
     if any(value is not None for name, value in compared.items() if name.endswith("accuracy")):

@@ -92,6 +92,8 @@ class RunFolder:
         tensors["weights"] = state.weights
         if state.average is not None:
             tensors["average"] = state.average
+        if state.noise is not None:
+            tensors["noise"] = state.noise
         rest = {
             "until": state.until,
             "round": state.round,
@@ -136,6 +138,7 @@ class RunFolder:
                 averaged=rest["averaged"],
                 clock=rest["clock"],
                 clip=rest.get("clip", 0.0),
+                noise=tensors.get("noise"),
             )
             row = rest["row"]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

@@ -87,6 +87,8 @@ def _verdict(report: Report) -> Iterator[str]:
         whom, what = "anyone", "one example of a client"
         if privacy["unit"] == "client":
             whom, what = "anyone but the server", "one client, all its examples together,"
+        if privacy["unit"] == "local":
+            what = "one client, all its examples together,"
         yield (
             f"What {whom} can learn about {what} is bounded: "
             f"no client spent more than ε {spent} of the {allowed} allowed; smaller is safer."

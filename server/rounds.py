@@ -13,6 +13,7 @@ import numpy as np
 from clients import codecs
 from clients.task import Hello, Reply, Task
 from privacy import accounting, cohort_noise
+from privacy.matrix_noise import BandedNoise
 from privacy.plan import Plan
 from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
@@ -75,6 +76,10 @@ def rounds(
         good = _good(fleet.ask(tasks), tasks, roster, settings, codec, row, accepted)
         if central is None:
             update = combined(good, settings.server)
+        elif isinstance(central, BandedNoise):
+            summed, _ = combine.total(good, len(state.weights))
+            update, noise = central.release(summed, clip, _random(settings, number), state.noise)
+            state = replace(state, noise=noise)
         else:  # noise, if central: on the sum, whoever replied
             update, clip = central.release(*combine.total(good, len(state.weights)), clip, _random(settings, number))
 
@@ -88,7 +93,7 @@ def rounds(
                 row["reason"] = str(error)
 
         # commit: all or nothing
-        taken = accepted if central is None else chosen.paid  # where the draw is secret all pay alike
+        taken = accepted if settings.privacy.unit in ("none", "example") else chosen.paid  # a round is paid for whole
         state = _advance(state, settings, number, chosen, accepted, taken, row)
         if select.secret(settings):
             _withhold(row, state, codec, select.cohort_size(len(names), settings) if chosen.paid else 0)
@@ -123,7 +128,8 @@ def _task(
     steps: int,
     clip: float,
 ) -> Task:
-    plan = plans[name] if settings.privacy.by_example else None  # under example-level DP no task is without a plan
+    by_example, local = settings.privacy.by_example, settings.privacy.unit == "local"
+    plan = plans[name] if by_example else None  # under example-level DP there is no task without a plan
     return Task(
         kind="train",
         round=number,
@@ -136,15 +142,18 @@ def _task(
         deadline=settings.fleet.deadline if settings.fleet.clock == "wall" else 0.0,
         mechanism=plan.mechanism if plan else None,
         clip=plan.clip if plan else 0.0,
-        update_clip=clip if settings.privacy.by_client else 0.0,
+        update_clip=clip if settings.privacy.by_client or local else 0.0,
+        update_noise=plans[name].mechanism.noise_multiplier if local else 0.0,
     )
 
 
-def _central(plans: Mapping[str, Plan], settings: Settings) -> cohort_noise.CohortNoise:
+def _central(plans: Mapping[str, Plan], settings: Settings) -> cohort_noise.CohortNoise | BandedNoise:
     """The noise that the server adds under client-level DP."""
     wanted = settings.privacy
     first = next(iter(plans.values()))
     plan = first.whole or first  # all share it
+    if select.by_turns(settings):
+        return BandedNoise(plan.mechanism.noise_multiplier, wanted.bands, len(plans) / wanted.bands)
     expected = plan.mechanism.sampling_rate * len(plans)
     moves = wanted.adapt_rate if wanted.adapt else 0.0
     return cohort_noise.CohortNoise(plan.mechanism.noise_multiplier, expected, wanted.quantile, moves)
@@ -157,6 +166,9 @@ def _random(settings: Settings, number: int) -> np.random.Generator:
 
 def _too_few(chosen: select.Cohort, accepted: Mapping[str, int], settings: Settings) -> str | None:
     """Why the round is not applied. Under client-level DP the draw decides: replies would give names away."""
+    if select.by_turns(settings):
+        least = max(1, settings.rounds.minimum)
+        return f"fewer than {least} clients could be asked" if len(chosen.paid) < least else None
     if settings.privacy.by_client:
         few = chosen.drawn < settings.rounds.minimum
         return chosen.reason or (f"fewer than {settings.rounds.minimum} clients were drawn" if few else None)
@@ -211,7 +223,7 @@ def _good(
             if reply.examples != roster[task.client].examples:
                 raise ValueError(f"trained on {reply.examples} examples, had {roster[task.client].examples} at first")
             update = codec.decode(reply.payload, len(task.weights))
-            if task.update_clip:
+            if task.update_clip and not task.update_noise:  # noised by its client it is long, and may be
                 update, _ = cohort_noise.clipped(update, task.update_clip)
         except ValueError as error:
             row["rejected"].append({"name": task.client, "reason": str(error)})

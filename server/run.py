@@ -9,13 +9,13 @@ from clients import codecs
 from clients.device import profile
 from clients.task import Hello
 from clients.training import Node, digest
-from privacy import cohort_noise, dp_sgd
+from privacy import cohort_noise, dp_sgd, local_noise
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios import Scenario, build_model
 from scenarios.settings import Settings, knobs
 from scenarios.weights import Vector, layout, unflatten
-from server import accounts, budget, combine, edge, facts, report, select, step
+from server import accounts, budget, combine, edge, facts, pairs, report, select, step
 from server.accounts import Accounts, Exhausted
 from server.record import RunFolder, save_named
 from server.references import references
@@ -151,30 +151,18 @@ def check(scenario: Scenario, settings: Settings) -> None:
     model = build_model(scenario, settings)
     if settings.privacy.by_example:
         dp_sgd.check(model)
-    if settings.privacy.budget is not None and settings.privacy.unit == "none":
-        raise Refused(
-            "privacy.budget limits what is spent under DP: set privacy.unit=example, client or both, or leave it out"
-        )
-    if settings.privacy.budget is not None and settings.privacy.noise_seed is not None:
-        raise Refused("privacy.budget cannot be kept with privacy.noise_seed, which promises nothing: leave one out")
+    pairs.check(settings)
+    if settings.privacy.unit == "local":
+        local_noise.check(model)
     if settings.privacy.by_client:
         cohort_noise.check(model, settings.server.combine, settings.server.normalize)
-    elif settings.privacy.adapt:
-        raise Refused(f"privacy.adapt is for privacy.unit=client, not {settings.privacy.unit}: set privacy.adapt=false")
-    if settings.privacy.client_epsilon is not None and settings.privacy.unit != "both":
-        raise Refused("privacy.client_epsilon is for privacy.unit=both: elsewhere privacy.epsilon is the one budget")
-    if settings.evaluation.epsilon is not None and (
-        settings.evaluation.on == "server" or settings.privacy.unit == "none"
-    ):
-        raise Refused(
-            "evaluation.epsilon noises what clients say of their test data in a run with DP: set evaluation.on=clients "
-            "and a privacy.unit, or leave it out"
-        )
 
 
 def _enough(roster: Mapping[str, Hello], settings: Settings) -> None:
     """Refuse rounds that could never be applied."""
     drawn = select.cohort_size(len(roster), settings)
+    if not drawn:
+        raise Refused(f"privacy.bands={settings.privacy.bands} deals {len(roster)} clients into more groups: lower it")
     if drawn < settings.rounds.minimum:
         raise Refused(
             f"rounds.minimum={settings.rounds.minimum} is more than the {drawn} clients a round asks: lower it"
@@ -258,12 +246,12 @@ def _recover(job: Job, state: ServerState, final: Vector) -> tuple[ServerState |
 
 def _with_lost_rounds(job: Job, state: ServerState) -> ServerState:
     """What an interrupted round may have released counts as spent; seeded noise only repeats the same release."""
+    lost = {name: counts for name, counts in job.accounts.unanswered(state.round).items() if any(counts)}
     clients = dict(state.clients)
-    for name, (steps, whole) in job.accounts.unanswered(state.round).items():
-        if steps or whole:
-            before = clients.get(name, Spent())
-            clients[name] = replace(before, steps=before.steps + steps, whole=before.whole + whole)
-    return replace(state, clients=clients)
+    for name, (steps, whole) in lost.items():
+        before = clients.get(name, Spent())
+        clients[name] = replace(before, steps=before.steps + steps, whole=before.whole + whole)
+    return replace(state, clients=clients, noise=None if lost else state.noise)  # a new block: privacy/matrix_noise.py
 
 
 def _save_weights(job: Job, state: ServerState) -> None:

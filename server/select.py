@@ -8,7 +8,7 @@ import numpy as np
 
 from clients.device import step_seconds, transfer_seconds
 from clients.task import Device, Hello
-from privacy import cohort_noise
+from privacy import cohort_noise, fixed_size, matrix_noise
 from privacy.plan import Plan
 from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
@@ -30,8 +30,8 @@ class Cohort:
     drawn: int = 0
     """How many were drawn, whether they could be asked or not."""
     paid: dict[str, int] = field(default_factory=dict)
-    """Steps that the round costs, by client: those asked; under client-level DP a whole round of every client, drawn or
-    not."""
+    """Steps that the round costs, by client: those asked; under local DP and by turns one; under client-level DP else a
+    whole round of every client, drawn or not."""
     reason: str | None = None
     """Why nobody could be asked, where that is so for all."""
 
@@ -62,8 +62,15 @@ def sampling_rate(local: Local, examples: int) -> float:
 
 
 def cohort_size(clients: int, settings: Settings) -> int:
-    """How many of `clients` are drawn each round; under client-level DP on average."""
+    """How many of `clients` are drawn each round; by Poisson draws on average, by turns at least."""
+    if by_turns(settings):
+        return clients // settings.privacy.bands
     return max(1, round(settings.rounds.fraction * clients))
+
+
+def by_turns(settings: Settings) -> bool:
+    """Whether clients take turns that everybody may know: the noise is correlated (privacy/matrix_noise.py)."""
+    return settings.privacy.unit == "client" and settings.privacy.bands > 1
 
 
 def secret(settings: Settings) -> bool:
@@ -85,7 +92,8 @@ def cohort(
     names: all clients, sorted. traffic: bytes (down, up) a client. plans: empty without DP. spent: by client, so far.
     """
     chosen, fleet = Cohort(), settings.fleet
-    by_client, by_example = settings.privacy.by_client, settings.privacy.by_example
+    by_example = settings.privacy.by_example
+    by_client = settings.privacy.by_client and not by_turns(settings)  # all pay alike
     whole_round = {name: round_steps(settings, roster[name].examples) for name in plans}
     if by_client and not all(
         can_pay(plan, spent.get(name, Spent()), whole_round[name]) for name, plan in plans.items()
@@ -121,12 +129,14 @@ def cohort(
                     chosen.seconds = fleet.deadline
                     continue
             chosen.seconds = max(chosen.seconds, link + steps * step)
-        if by_example and not can_pay(plans[name], spent.get(name, Spent()), steps):
+        cost = steps if by_example else 1
+        if plans and not by_client and not can_pay(plans[name], spent.get(name, Spent()), cost):
             reason = f"budget: epsilon {plans[name].epsilon:g} does not allow another round"
             chosen.skipped.append({"name": name, "reason": reason})
             continue
         chosen.steps[name] = steps
-    chosen.paid = whole_round if by_client else chosen.steps
+    asked = dict.fromkeys(chosen.steps, 1) if plans and not by_example else chosen.steps
+    chosen.paid = whole_round if by_client else asked
     return chosen
 
 
@@ -139,7 +149,12 @@ def _drawn(names: Sequence[str], settings: Settings, number: int) -> Sequence[st
     if secret(settings):
         seed = settings.privacy.noise_seed
         random = cohort_noise.generator(None if seed is None else derive(seed, "cohort", number))
+        if settings.privacy.sampling == "fixed":
+            return fixed_size.draw(names, cohort_size(len(names), settings), random)
         return cohort_noise.sample(names, settings.rounds.fraction, random)
+    if by_turns(settings):
+        dealt = np.random.default_rng(derive(settings.run.seed, "turns"))
+        return matrix_noise.turns(names, settings.privacy.bands, number, dealt)
     size = cohort_size(len(names), settings)
     if size == len(names):
         return names

@@ -59,6 +59,8 @@ class ServerState:
     """Seconds on the simulated clock."""
     clip: float = 0.0
     """Clipping norm of the next round's updates, which adaptive clipping moves; 0: as in the settings."""
+    noise: NDArray[np.float64] | None = None
+    """(privacy.bands - 1, P) noise of the last rounds, the newest first (privacy/matrix_noise.py); None: none yet."""
 
 
 def first_state(model: nn.Module, settings: Settings) -> ServerState:

@@ -51,13 +51,13 @@ TEXT = r"""{% extends "page" %}
 {% if privacy.unit == "none" %}
 <p>None was asked for. Updates left the clients without noise, and whoever sees them can learn about single examples. <code>--set "privacy.unit=example privacy.epsilon=8"</code> asks for a guarantee.</p>
 {% else %}
-<p>Differential privacy limits what {{ "a reader of the model" if privacy.unit == "client" else "anyone who sees all that left a client" }} can learn about one {{ "example" if privacy.unit == "both" else privacy.unit }}{% if privacy.unit == "both" %}, and what a reader of the model can learn about one client{% endif %}. Whatever they believed before, the odds that it was in the data change by at most a factor e<sup>ε</sup>{% if odds %}, here about {{ odds }} for the worst client{% endif %}, except with probability δ. It is a limit for the worst case, not a forecast: smaller is safer{{ "" if privacy.guarantee else ". In this run it does not hold: see the red box above" }}.</p>
+<p>Differential privacy limits what {{ "a reader of the model" if privacy.unit == "client" else "anyone who sees all that left a client" }} can learn about one {{ "example" if privacy.unit in ("example", "both") else "client" }}{% if privacy.unit == "both" %}, and what a reader of the model can learn about one client{% endif %}. Whatever they believed before, the odds {{ "of what this client holds" if privacy.unit == "local" else "that it was in the data" }} change by at most a factor e<sup>ε</sup>{% if odds %}, here about {{ odds }} for the worst client{% endif %}, except with probability δ. It is a limit for the worst case, not a forecast: smaller is safer{{ "" if privacy.guarantee else ". In this run it does not hold: see the red box above" }}.</p>
 <dl>
-<dt>What one change is</dt><dd>{{ "one whole client" if privacy.unit == "client" else "one example of one client" }}; {{ privacy.adjacency }}</dd>
+<dt>What one change is</dt><dd>{{ "one example of one client" if privacy.unit == "example" else "one whole client" }}; {{ privacy.adjacency }}</dd>
 {% if privacy.against is defined and privacy.against %}<dt>Holds against</dt><dd>{{ privacy.against }}</dd>
 {% endif %}<dt>Budget</dt><dd>ε {{ privacy.epsilon|epsilon }} for every client over the whole run; spent: ε {{ privacy.worst_epsilon|epsilon }} by the worst, {{ privacy.median_epsilon|epsilon }} by the median client</dd>
 <dt>δ</dt><dd>{{ privacy.delta_rule }}</dd>
-<dt>Clipping norm</dt><dd>{{ privacy.clip|number }}: no single {{ "client's update" if privacy.unit == "client" else "example's gradient" }} counts for more than this length</dd>
+<dt>Clipping norm</dt><dd>{{ privacy.clip|number }}: no single {{ "example's gradient" if privacy.unit == "example" else "client's update" }} counts for more than this length</dd>
 <dt>Accountant</dt><dd>{{ privacy.accountant }}</dd>
 </dl>
 {% endif %}

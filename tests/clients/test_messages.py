@@ -37,6 +37,8 @@ def tasks(draw: st.DrawFn) -> Task:
         deadline=draw(NUMBERS),
         mechanism=Mechanism(draw(st.floats(1e-9, 1)), draw(st.floats(1e-9, 1e6))) if private else None,
         clip=draw(NUMBERS),
+        update_clip=draw(NUMBERS),
+        update_noise=draw(NUMBERS),
     )
 
 

@@ -1,0 +1,97 @@
+"""What each kind of privacy promises, in the words of the report: one frozen value a kind, beside the mechanisms."""
+
+from dataclasses import dataclass, replace
+
+_SCENARIO = (
+    "constants of the scenario that were chosen by looking at data, and settings tuned in earlier runs",
+    "floating-point and generator caveats: Gaussian noise in {} from a {} seeded by the system",
+)
+_TORCH, _NUMPY = ("float32", "Mersenne Twister"), ("float64", "PCG64 generator")
+_CLIENTS = "1 / (10 x the number of clients)"
+
+
+def _scenario(generator: tuple[str, str]) -> tuple[str, ...]:
+    return _SCENARIO[0], _SCENARIO[1].format(*generator)
+
+
+@dataclass(frozen=True)
+class Promise:
+    """One kind of privacy; every text completes the report's key of that name."""
+
+    adjacency: str | None = None
+    against: str | None = None
+    delta_rule: str | None = None
+    not_covered: tuple[str, ...] = ()
+    noise: str = "none"
+
+
+_BY_CLIENT = Promise(
+    "add or remove one client with all its examples; how many clients there are is public",
+    "readers of the model and of this report, and other clients; not the server, which adds the noise itself",
+    _CLIENTS,
+    (
+        "the server: it sees the update of each client, clipped and without noise, and who took part",
+        "the names of the clients, how many they are, and the number of examples of each",
+        "the time that each round took, and what the network shows of who took part",
+        *_scenario(_NUMPY),
+    ),
+    "Gaussian, noise multiplier x clipping norm on the sum of the updates, added by the server",
+)
+
+PROMISES = {
+    "none": Promise(),
+    "example": Promise(
+        "add or remove one example",
+        "everyone who sees what a client sends: the server, other clients, the network, readers of the model",
+        "1 / (10 x the client's examples)",
+        (
+            "the number of examples of each client, which weighs its update and sets its sampling rate",
+            "who took part in which round, when, for how long and with how many bytes",
+            "the split of labels over clients, where a simulation draws its partition from them",
+            *_scenario(_TORCH),
+        ),
+        "Gaussian, noise multiplier x clipping norm on the sum of gradients of each local step, added by the client",
+    ),
+    "client": _BY_CLIENT,
+    "local": Promise(
+        "replace all examples of one client by any others, whatever their number; who the clients are is public",
+        "everyone who sees what a client sends: the server, other clients, the network, readers of the model",
+        _CLIENTS,
+        (
+            "the number of examples of each client, said before round 1, which weighs its update and sets its steps",
+            "who took part in which round, when, for how long and with how many bytes, and an error on a client",
+            "the split of labels over clients, where a simulation draws its partition from them",
+            *_scenario(_NUMPY),
+        ),
+        "Gaussian, noise multiplier x 2 x clipping norm on each update, added by its client",
+    ),
+}
+_EXAMPLE = PROMISES["example"]
+PROMISES["both"] = Promise(
+    f"of an example: {_EXAMPLE.adjacency}; of a client as a whole: {_BY_CLIENT.adjacency}",
+    f"of an example: {_EXAMPLE.against}; of a client as a whole: {_BY_CLIENT.against}",
+    f"of an example: {_EXAMPLE.delta_rule}; of a client as a whole: {_BY_CLIENT.delta_rule}",
+    (
+        "a client as a whole against the server, which sees its update noised for single examples alone",
+        *_EXAMPLE.not_covered,
+        _scenario(_NUMPY)[1],
+    ),
+    f"{_EXAMPLE.noise}; {_BY_CLIENT.noise}",
+)
+
+
+def promise(unit: str, sampling: str = "poisson", bands: int = 1) -> Promise:
+    """The promise of these settings (privacy.unit, privacy.sampling, privacy.bands)."""
+    made = PROMISES[unit]
+    if unit == "client" and sampling == "fixed":
+        adjacency = "replace all examples of one client by any others; how many clients there are is public"
+        return replace(made, adjacency=adjacency)
+    if unit == "client" and bands > 1:
+        listed = (
+            made.not_covered[0],
+            "who took part in which round, which the run's seed decides",
+            *made.not_covered[1:],
+        )
+        noise = f"{made.noise}, correlated over {bands} rounds (DP-FTRL by a banded matrix)"
+        return replace(made, not_covered=listed, noise=noise)
+    return made

@@ -1,0 +1,43 @@
+"""Privacy settings that do not fit one another, refused before anyone is asked."""
+
+from privacy.refused import Refused
+from scenarios.settings import Settings
+
+
+def check(settings: Settings) -> None:
+    """Raises Refused, in one line, for sampling, bands or budgets that the unit, or each other, makes no sense of."""
+    privacy, fraction, evaluation = settings.privacy, settings.rounds.fraction, settings.evaluation
+    if privacy.budget is not None and privacy.unit == "none":
+        raise Refused(
+            "privacy.budget limits what is spent under DP: set privacy.unit=example, client, both or local, or leave "
+            "it out"
+        )
+    if privacy.budget is not None and privacy.noise_seed is not None:
+        raise Refused("privacy.budget cannot be kept with privacy.noise_seed, which promises nothing: leave one out")
+    if privacy.adapt and not privacy.by_client:
+        raise Refused(f"privacy.adapt is for privacy.unit=client, not {privacy.unit}: set privacy.adapt=false")
+    if privacy.sampling == "fixed" and privacy.unit != "client":
+        raise Refused(f"privacy.sampling=fixed is for privacy.unit=client, not {privacy.unit}: set it to poisson")
+    if privacy.sampling == "fixed" and fraction == 1:
+        raise Refused("privacy.sampling=fixed draws a part of the clients: set rounds.fraction below 1, or poisson")
+    if privacy.client_epsilon is not None and privacy.unit != "both":
+        raise Refused("privacy.client_epsilon is for privacy.unit=both: elsewhere privacy.epsilon is the one budget")
+    if evaluation.epsilon is not None and (evaluation.on == "server" or privacy.unit == "none"):
+        raise Refused(
+            "evaluation.epsilon noises what clients say of their test data in a run with DP: set evaluation.on=clients "
+            "and a privacy.unit, or leave it out"
+        )
+    if privacy.bands == 1:
+        return
+    if privacy.unit != "client":
+        raise Refused(f"privacy.bands is for privacy.unit=client, not {privacy.unit}: set privacy.bands=1")
+    if fraction < 1 or privacy.sampling == "fixed":
+        raise Refused(
+            f"privacy.bands={privacy.bands} asks each client once in {privacy.bands} rounds, by turns that all may "
+            "know: set rounds.fraction=1 and privacy.sampling=poisson, or privacy.bands=1"
+        )
+    if privacy.adapt:
+        raise Refused(
+            "privacy.adapt moves the norm from round to round, and the noise of privacy.bands is that of one norm: set "
+            "privacy.adapt=false or privacy.bands=1"
+        )
