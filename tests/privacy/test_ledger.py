@@ -1,6 +1,7 @@
 """The ledger under whatever a crash, a disk, an editor or another process does to it: 0 under-counts."""
 
 import fcntl
+import hmac
 import json
 import os
 import shutil
@@ -143,7 +144,7 @@ def written(folder: Path) -> tuple[Path, list[int]]:
     made.reserve("run", 4, ask(4, A))
     data, ends = path.read_bytes(), [15]
     while ends[-1] < len(data):
-        ends.append(ends[-1] + 36 + int.from_bytes(data[ends[-1] : ends[-1] + 4]))
+        ends.append(ends[-1] + 68 + int.from_bytes(data[ends[-1] : ends[-1] + 4]))
     return path, ends
 
 
@@ -170,19 +171,25 @@ def test_every_cut_behind_the_head_is_refused_and_every_cut_beyond_it_is_a_torn_
         with pytest.raises(Refused):
             opened(path)
         assert path.read_bytes() == whole[:cut], "a refused ledger stays as it was"
-    Ledger(copy := tmp_path / "copy.ledger")
+    copy, key = tmp_path / "copy.ledger", path.with_name("l.ledger.key")
+    shutil.copy(key, tmp_path / "copy.ledger.key")
     for cut in range(ends[-2], len(whole)):  # the head that stood before the last record was written
         for garbage in (b"", b"\xff"):
             copy.write_bytes(whole[:cut] + garbage * (cut > ends[-2] and len(whole) - cut > 1))
-            copy.with_name("copy.ledger.head").write_text(json.dumps(_head_at(whole, ends, len(ends) - 2)))
+            path.write_bytes(whole)
+            copy.with_name("copy.ledger.head").write_text(_head_at(path, ends, len(ends) - 2))
             assert steps(copy) == 2, "rounds 1 and 2, by their commits"
             opened(copy).reserve("run", 4, ask(9, A))
             assert steps(copy) == 11
     assert head.read_bytes() == anchored
 
 
-def _head_at(whole: bytes, ends: list[int], sequence: int) -> tuple[int, str]:
-    return sequence, whole[ends[sequence - 1] + 4 : ends[sequence - 1] + 36].hex()
+def _head_at(path: Path, ends: list[int], sequence: int) -> str:
+    """The head file as it stood after record `sequence`."""
+    digest = path.read_bytes()[ends[sequence - 1] + 4 : ends[sequence - 1] + 36].hex()
+    key = path.with_name(path.name + ".key").read_bytes()
+    tag = hmac.new(key, f"head {sequence} {digest}".encode(), "sha256").hexdigest()
+    return json.dumps([sequence, digest, tag])
 
 
 def test_a_missing_or_foreign_half_is_refused(tmp_path: Path) -> None:
@@ -194,9 +201,10 @@ def test_a_missing_or_foreign_half_is_refused(tmp_path: Path) -> None:
         (None, anchor, "ends after record 0"),
         (b"", anchor, "ends after record 0"),
         (whole, b"[3", "head file is damaged"),
-        (whole, b"[-1, 5]", "not the one that its head file names"),
-        (whole, json.dumps([2, "0" * 64]).encode(), "not the one that its head file names"),
-        (whole.replace(b"ledger 1", b"ledger 2", 1), anchor, "of another version"),
+        (whole, b"[-1, 5]", "head file is damaged"),
+        (whole, b'[-1, "5", "x"]', "not the one that its head file names"),
+        (whole, json.dumps([2, "0" * 64, "0" * 64]).encode(), "not the one that its head file names"),
+        (whole.replace(b"ledger 2", b"ledger 1", 1), anchor, "of another version"),
         (b'{"round": 1}\n', anchor, "no ledger"),
     ):
         for file, content in ((path, ledger_bytes), (head, head_bytes)):
