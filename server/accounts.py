@@ -5,14 +5,15 @@ import re
 import secrets
 import sys
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clients.task import Hello
+from clients.task import Charge, Hello, Reply, Task
 from privacy.chain import Head
-from privacy.ledger import Account, Ledger
+from privacy.durable import secret
+from privacy.ledger import Account, Ledger, Window
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios import Scenario
@@ -41,6 +42,8 @@ class Accounts:
     """The run's name in the ledger."""
     asks: Mapping[str, tuple[Account, Mechanism, int]] = field(default_factory=dict)
     """Every client's account, mechanism, and steps of a whole round."""
+    _heard: dict[str, Head] = field(default_factory=dict)
+    """Heads of the devices' own ledgers since the last commit, by client."""
 
     def reserve(self, number: int, steps: Mapping[str, int]) -> dict[str, str]:
         """Before data is touched (Journal): who cannot pay -> why; for all others the steps are reserved, durably.
@@ -61,6 +64,22 @@ class Accounts:
             why = {name: why.get(name, f"ledger: fewer than {self.minimum} of this round can pay") for name in steps}
         return why
 
+    def charged(self, task: Task) -> Task:
+        """The task with its reservation, for the ledger of the device that adds its noise (Journal)."""
+        if self.ledger is None or task.mechanism is None:
+            return task
+        account = self.asks[task.client][0]
+        _, attempt = self.ledger.attempt(self.run, account)
+        known = self.ledger.seen.get(account)
+        return replace(task, charge=Charge(self.run, attempt, self.ledger.chain.head, known))
+
+    def heard(self, replies: Iterable[Reply]) -> Iterator[Reply]:
+        """The replies, as they come; the heads of the devices' own ledgers join the next commit (Journal)."""
+        for reply in replies:
+            if reply.head is not None:
+                self._heard[reply.client] = reply.head
+            yield reply
+
     def commit(self, state: ServerState, row: Row, taken: Mapping[str, int]) -> None:
         """All or nothing (Journal), and then what these clients really released, which may be less than was reserved.
 
@@ -70,7 +89,9 @@ class Accounts:
             self.folder.commit(state, row)
             return
         self.folder.commit(state, row, self.ledger.chain.head)
-        self.ledger.commit(self.run, row["round"], {self.asks[name][0]: count for name, count in taken.items()})
+        seen = {self.asks[name][0]: head for name, head in self._heard.items() if name in self.asks}
+        self.ledger.commit(self.run, row["round"], {self.asks[name][0]: count for name, count in taken.items()}, seen)
+        self._heard.clear()
 
     def unanswered(self, committed: int) -> Counter[str]:
         """Steps by client of rounds of this run that were begun after the last committed one."""
@@ -124,8 +145,56 @@ def prepared(
         by_client = settings.privacy.unit == "client"  # one mechanism a round, whatever the client does locally
         steps = 1 if by_client else local_steps(settings.local, roster[name].examples, True)
         asks[name] = account, plan.mechanism, steps
-    ledger.open({asks[name][0]: (settings.privacy.budget, plan.delta) for name, plan in plans.items()})
+    _seen_by_devices(ledger, roster)
+    data = {asks[name][0]: roster[name].digest for name in plans}
+    window = _window(settings)
+    ledger.open({asks[name][0]: (settings.privacy.budget, plan.delta) for name, plan in plans.items()}, window, data)
     return Accounts(folder, max(1, settings.rounds.minimum), ledger, run, asks)
+
+
+def check(settings: Settings) -> None:
+    """Refuse settings of a window that cannot be kept."""
+    wanted = settings.privacy
+    if (window := _window(settings)) is None:
+        return
+    if wanted.unit == "none" or wanted.noise_seed is not None:
+        raise Refused(
+            "privacy.window_epsilon limits what is spent under DP with real noise: leave it out, or set those"
+        )
+    if wanted.budget is not None and window.epsilon > wanted.budget:
+        raise Refused(
+            f"privacy.window_epsilon={window.epsilon:g} is more than privacy.budget={wanted.budget:g}, which it never "
+            "replaces: lower it, or leave it out"
+        )
+
+
+def lend_key(folder: RunFolder, settings: Settings) -> None:
+    """Key the digests of this run's data by the state folder's secret, so that the ledger can tell when data change."""
+    if settings.privacy.unit == "none" or settings.privacy.noise_seed is not None:
+        return
+    state = state_folder(settings.run.state)
+    try:
+        secret(folder.states / "key", secret(state / "key"))
+    except OSError as error:
+        raise Refused(f"{state} cannot be written ({error.strerror}): name another folder by --state") from None
+
+
+def _window(settings: Settings) -> Window | None:
+    days, epsilon = settings.privacy.window_days, settings.privacy.window_epsilon
+    if (days is None) != (epsilon is None):
+        raise Refused("privacy.window_days and privacy.window_epsilon go together: set both or none")
+    return None if days is None or epsilon is None else Window(days, epsilon)
+
+
+def _seen_by_devices(ledger: Ledger, roster: Mapping[str, Hello]) -> None:
+    """Refuse a ledger that does not go on from what a device saw of it."""
+    for name, hello in roster.items():
+        if hello.seen is not None and not ledger.holds(hello.seen):
+            raise Refused(
+                f"{ledger.path} does not go on from its record {hello.seen.sequence}, which client {name} saw: it was "
+                "rolled back, or is another ledger; bring it back, or charge what the devices wrote down by "
+                "`umbel ledger adopt`"
+            )
 
 
 def state_folder(named: str) -> Path:

@@ -109,6 +109,7 @@ def prepare(
         _same_settings(start, settings)
     try:
         check(scenario, settings)
+        accounts.lend_key(folder, settings)
         node = Node(scenario, settings, scenario.data(settings), folder.states)
         fleet = fleet_of(node)
         progress.status("waiting for the clients' first word")
@@ -151,6 +152,7 @@ def check(scenario: Scenario, settings: Settings) -> None:
         )
     if settings.privacy.budget is not None and settings.privacy.noise_seed is not None:
         raise Refused("privacy.budget cannot be kept with privacy.noise_seed, which promises nothing: leave one out")
+    accounts.check(settings)
     if settings.privacy.unit == "client":
         cohort_noise.check(model, settings.server.combine, settings.server.normalize)
     elif settings.privacy.adapt:
