@@ -111,12 +111,14 @@ class Chain:
     def held(self, write: bool = True) -> Iterator[BinaryIO]:
         """The file under its lock, all that other processes wrote read and checked."""
         try:
-            if write:
+            headed = self._head_path.exists()  # asked for first: whoever makes both makes the file first
+            if not self.path.exists():
+                if headed or self._end:
+                    self._read(b"")
+                if not write:
+                    yield None  # type: ignore[misc]  # readers do not look at it
+                    return
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-            elif not self.path.exists():
-                self._read(b"")
-                yield None  # type: ignore[misc]  # readers do not look at it
-                return
             flags = os.O_RDWR | os.O_CREAT if write else os.O_RDONLY
             with os.fdopen(os.open(self.path, flags, 0o600), "r+b" if write else "rb", buffering=0) as file:
                 limit = time.monotonic() + _PATIENCE

@@ -234,7 +234,7 @@ class Ledger:
             pending.append(attempt)
             spent.add(attempt.mechanism, attempt.steps, attempt.time)
             spent.last = attempt.mechanism, attempt.steps
-            self._last[body["run"], account] = number, name
+            self._last[body["run"], account] = max(self.attempt(body["run"], account), (number, name))
         else:
             (attempt,) = (each for each in pending if (each.number, each.round) == (name, number))
             if kind not in ("COMMIT", "VOID") or not 0 <= (taken := body.get("steps", 0)) <= attempt.steps:

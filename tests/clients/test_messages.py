@@ -193,8 +193,18 @@ def test_a_reply_that_was_tampered_with_is_refused(lie: str) -> None:
 
 @pytest.mark.parametrize(
     "lie",
-    [{"name": ""}, {"name": "a\nb"}, {"availability": 1.5}, {"examples": -1}, {"digest": ""}, {"speed": float("inf")}]
-    + [{"node_digest": "no"}, {"server_digest": "5e" * 33}, {"server_sequence": 4}, {"node_sequence": -1}],
+    [
+        {"name": ""},
+        {"name": "a\nb"},
+        {"availability": 1.5},
+        {"examples": -1},
+        {"digest": ""},
+        {"speed": float("inf")},
+        {"node_digest": "no"},
+        {"server_digest": "5e" * 33},
+        {"server_sequence": 4},
+        {"node_sequence": -1},
+    ],
 )
 def test_a_hello_that_was_tampered_with_is_refused(lie: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r".{10,}"):

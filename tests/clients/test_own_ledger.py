@@ -186,7 +186,7 @@ def test_a_client_that_was_too_late_for_one_step_has_spent_nothing(tmp_path: Pat
 def test_a_device_that_dies_at_any_line_of_a_task_has_written_down_what_left_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed by SIGKILL at every line of own_ledger.py; then asked again: the stored bytes, a refusal, or first noise."""
+    """Killed by SIGKILL at every line of own_ledger.py, then asked again: stored bytes, a refusal, or first noise."""
     import sys
 
     node, told = made_node(tmp_path), tmp_path / "told"

@@ -198,4 +198,4 @@ def test_a_run_remembers_where_its_ledger_lies(tmp_path: Path, state: Path) -> N
     run(tmp_path / "run")
     start = json.loads((tmp_path / "run/start.json").read_text())["ledger"]
     assert Path(start["path"]).is_relative_to(state)
-    assert start["sequence"] == 2
+    assert start["sequence"] == 4, "two accounts, and what their data is"
