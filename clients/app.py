@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from privacy.durable import secret
 from privacy.refused import Refused
 
 if TYPE_CHECKING:
+    from clients.own_ledger import OwnLedger
     from clients.training import Node
 
 app = ClientApp()
@@ -30,7 +32,9 @@ def hello(message: Message, context: Context) -> Message:
     try:
         node, name = _here(context)
         said = device.said(context.node_config)
-        content = messages.encode_hello(training.hello(node, name, said), nodes)
+        told = training.hello(node, name, said)
+        own = _own(context)
+        content = messages.encode_hello(own.greet(node, told) if own else told, nodes)
     except Exception as error:
         content = messages.encode_refusal(_reason(error), nodes)
     return Message(content, reply_to=message)
@@ -61,7 +65,8 @@ def _work(content: RecordDict, context: Context) -> RecordDict:
             size = task.weights.nbytes
             link = device.transfer_seconds(device.said(context.node_config), size, size)
             task = replace(task, deadline=max(1e-9, task.deadline - link))
-        reply = training.answer(node, task)
+        own = _own(context)
+        reply = own.answer(node, task) if own else training.answer(node, task)
     except Exception as error:
         reply = Reply(round=0, client="", reason=_reason(error))
     return messages.encode_reply(reply)
@@ -78,6 +83,21 @@ def _simulated(context: Context) -> int:
     return 0 if "client" in context.node_config else int(context.node_config.get("num-partitions", 0))
 
 
+def _states(context: Context) -> Path:
+    """What this node keeps between rounds and runs lies here."""
+    named = str(context.node_config.get("state", "")) or os.environ.get("UMBEL_STATE", "")
+    return Path(named or "~/.umbel/state").expanduser()
+
+
+def _own(context: Context) -> "OwnLedger | None":
+    """The ledger of this device; simulated nodes keep none, as their server's is on the same disk."""
+    from clients.own_ledger import OwnLedger
+
+    if "client" not in context.node_config:
+        return None
+    return OwnLedger.of(_states(context), context.node_config.get("budget"))
+
+
 def _here(context: Context) -> tuple["Node", str]:
     """(what this process has to train with, the name of this node's client).
 
@@ -91,7 +111,7 @@ def _here(context: Context) -> tuple["Node", str]:
         scenario=_scenario(str(run["scenario"]), str(config.get("scenario", ""))),
         text=text,
         data=str(config.get("data", "")),
-        states=str(config.get("state", "") or os.environ.get("UMBEL_STATE", "") or "~/.umbel/state"),
+        states=str(_states(context)),
         run=context.run_id,
         device=bool(named),
     )
@@ -129,5 +149,7 @@ def _node(scenario: str, text: str, data: str, states: str, run: int, device: bo
     if out and not device:
         folder = Path(out).absolute() / "clients"  # simulated clients keep their state where the embedded ones do
     else:  # a resumed run keeps its folder, but not Flower's number
-        folder = Path(states).expanduser() / hashlib.sha256(f"{loaded.name}\n{out or run}".encode()).hexdigest()[:16]
+        folder = Path(states) / hashlib.sha256(f"{loaded.name}\n{out or run}".encode()).hexdigest()[:16]
+    if device:  # digests of this node's data show a change from run to run, too
+        secret(folder / "key", secret(Path(states) / "key"))
     return Node(loaded, settings, loaded.data(settings), folder)

@@ -6,13 +6,15 @@ Every decoder raises ValueError with the reason when keys, types, sizes or range
 """
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from clients.task import Device, Hello, Reply, Task
+from clients.task import Charge, Device, Hello, Reply, Task
+from privacy.chain import Head
 from privacy.plan import Mechanism
 from scenarios.weights import Layout, Vector
 
@@ -33,6 +35,12 @@ _TASK: dict[str, type] = {
     "update_noise": float,
     "sampling_rate": float,
     "noise_multiplier": float,
+    "run": str,
+    "attempt": int,
+    "server_sequence": int,
+    "server_digest": str,
+    "node_sequence": int,
+    "node_digest": str,
     "names": list,
     "ranks": list,
     "dims": list,
@@ -47,6 +55,8 @@ _REPLY: dict[str, type] = {
     "correct": int,
     "reason": str,
     "late": bool,
+    "node_sequence": int,
+    "node_digest": str,
 }
 _HELLO: dict[str, type] = {
     "name": str,
@@ -57,6 +67,10 @@ _HELLO: dict[str, type] = {
     "up": float,
     "memory": int,
     "availability": float,
+    "node_sequence": int,
+    "node_digest": str,
+    "server_sequence": int,
+    "server_digest": str,
     "nodes": int,
     "reason": str,
 }
@@ -79,6 +93,10 @@ def encode_task(task: Task, weights: ArrayRecord | None = None) -> RecordDict:
         **{name: getattr(task, name) for name in _TASK if hasattr(task, name)},
         "sampling_rate": mechanism.sampling_rate,
         "noise_multiplier": mechanism.noise_multiplier,
+        "run": task.charge.run if task.charge else "",
+        "attempt": task.charge.attempt if task.charge else 0,
+        **_written("server", task.charge.head if task.charge else None),
+        **_written("node", task.charge.known if task.charge else None),
         "names": [name for name, _ in task.layout],
         "ranks": [len(shape) for _, shape in task.layout],
         "dims": [size for _, shape in task.layout for size in shape],
@@ -110,12 +128,14 @@ def decode_task(record: RecordDict) -> Task:
         clip=fields["clip"],
         update_clip=fields["update_clip"],
         update_noise=fields["update_noise"],
+        charge=_charge(fields),
     )
 
 
 def encode_reply(reply: Reply) -> RecordDict:
     """The message for `reply`."""
-    fields = {name: getattr(reply, name) for name in _REPLY} | {"reason": _shown(reply.reason)}
+    fields = {name: getattr(reply, name) for name in _REPLY if hasattr(reply, name)} | _written("node", reply.head)
+    fields["reason"] = _shown(reply.reason)
     array = _array(reply.payload, "uint8", len(reply.payload), _PAYLOAD)
     return RecordDict({_FIELDS: _config(fields, _REPLY), _ARRAYS: array})
 
@@ -134,7 +154,8 @@ def decode_reply(record: RecordDict, task: Task) -> Reply:
     payload = _data(record, "uint8", None, _PAYLOAD, 1)
     if len(payload) > 16 * len(task.weights) + 65536:
         raise ValueError(f"a payload of {len(payload)} bytes for {len(task.weights)} weights")
-    return Reply(payload=payload, **fields)
+    head = _head(fields, "node")
+    return Reply(payload=payload, head=head, **{name: fields[name] for name in fields if not name.startswith("node_")})
 
 
 def greeting() -> RecordDict:
@@ -148,6 +169,8 @@ def encode_hello(hello: Hello, nodes: int = 0) -> RecordDict:
     fields = {
         **{name: getattr(hello, name) for name in ("name", "examples", "digest")},
         **{name: getattr(device, name) for name in ("speed", "down", "up", "memory", "availability")},
+        **_written("node", hello.head),
+        **_written("server", hello.seen),
     }
     return RecordDict({_FIELDS: _config({**fields, "nodes": nodes, "reason": ""}, _HELLO)})
 
@@ -166,7 +189,8 @@ def decode_hello(record: RecordDict) -> tuple[Hello | str, int]:
     if fields["availability"] > 1:
         raise ValueError(f"an availability of {fields['availability']}")
     device = Device(**{name: fields[name] for name in ("speed", "down", "up", "memory", "availability")})
-    return Hello(_name(fields["name"]), fields["examples"], _name(fields["digest"]), device), fields["nodes"]
+    heads = _head(fields, "node"), _head(fields, "server")
+    return Hello(_name(fields["name"]), fields["examples"], _name(fields["digest"]), device, *heads), fields["nodes"]
 
 
 def _config(fields: Mapping[str, Any], kinds: Mapping[str, type]) -> ConfigRecord:
@@ -232,6 +256,30 @@ def _mechanism(fields: Mapping[str, Any]) -> Mechanism | None:
     if not 0 < rate <= 1 or noise == 0:
         raise ValueError(f"a mechanism with sampling rate {rate} and noise multiplier {noise}")
     return Mechanism(sampling_rate=rate, noise_multiplier=noise)
+
+
+def _written(whose: str, head: Head | None) -> dict[str, Any]:
+    sequence, digest = head or Head(0, "")
+    return {f"{whose}_sequence": sequence, f"{whose}_digest": digest}
+
+
+def _head(fields: Mapping[str, Any], whose: str) -> Head | None:
+    """The head of a ledger that is written in `fields`; no digest: none."""
+    head = Head(fields[f"{whose}_sequence"], fields[f"{whose}_digest"])
+    if head == Head(0, ""):
+        return None
+    if not re.fullmatch("[0-9a-f]{64}", head.digest):
+        raise ValueError(f"{_shown(head.digest)!r} is no digest of a ledger")
+    return head
+
+
+def _charge(fields: Mapping[str, Any]) -> Charge | None:
+    head, known = _head(fields, "server"), _head(fields, "node")
+    if not fields["run"] and not fields["attempt"] and head is None and known is None:
+        return None
+    if head is None or not fields["attempt"]:
+        raise ValueError("a task that names a run of the ledger, but not its attempt or the ledger's head")
+    return Charge(_name(fields["run"]), fields["attempt"], head, known)
 
 
 def _name(text: str) -> str:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from privacy.chain import Head
 from privacy.plan import Mechanism
 from scenarios.weights import Layout, Vector
 
@@ -32,6 +33,24 @@ class Hello:
     digest: str
     """Of its training data: evidence that a resumed run sees the same data."""
     device: Device = Device()
+    head: Head | None = None
+    """Of the device's own ledger; None where it keeps none."""
+    seen: Head | None = None
+    """Of the server's ledger, as this device's own last saw it."""
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What the server's ledger says of a task; the ledger of the device that adds its noise goes by it."""
+
+    run: str
+    """The run's name in the ledger."""
+    attempt: int
+    """From 1: how often this round was asked for, after crashes of the server."""
+    head: Head
+    """Of the server's ledger, with this task's reservation in it."""
+    known: Head | None = None
+    """Of the device's own ledger, as the server last saw it."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,8 @@ class Task:
     """Client-level and local DP: clipping norm of the whole update; 0: without."""
     update_noise: float = 0.0
     """Local DP: standard deviation of the noise on the update in units of 2 x update_clip; 0: without."""
+    charge: Charge | None = None
+    """Only where the client adds noise that is charged to a ledger."""
 
 
 @dataclass(frozen=True)
@@ -85,3 +106,5 @@ class Reply:
     """The deadline came before the reply."""
     within: bool = True
     """train: whether the update was within the task's update_clip before it was clipped."""
+    head: Head | None = None
+    """train: of the device's own ledger, with this task's reservation in it."""

@@ -4,7 +4,6 @@ import copy
 import hashlib
 import hmac
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from clients import codecs, device
 from clients.task import Device, Hello, Reply, Task
-from privacy import cohort_noise, dp_sgd, local_noise, noisy_counts
+from privacy import cohort_noise, dp_sgd, durable, local_noise, noisy_counts
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, build_model, predict
 from scenarios.seeds import derive
@@ -54,7 +53,7 @@ def hello(node: Node, name: str, said: Device = Device()) -> Hello:
 
 def digest(states: Path, examples: Examples) -> str:
     """A fingerprint of data, keyed by the node's own secret: it shows a change, and identifies nothing to others."""
-    keyed = hmac.new(_key(states), digestmod=hashlib.sha256)
+    keyed = hmac.new(durable.secret(states / "key"), digestmod=hashlib.sha256)
     for part in examples:
         keyed.update(f"{part.dtype} {tuple(part.shape)} ".encode())
         keyed.update(part.contiguous().numpy().tobytes())
@@ -223,20 +222,3 @@ def _save_state(states: Path, task: Task, state: Vector) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-def _key(states: Path) -> bytes:
-    """The node's own secret, made at first use; what it keys cannot be compared across nodes."""
-    path = states / "key"
-    if not path.exists():
-        states.mkdir(parents=True, exist_ok=True)
-        mine = states / f"key.{secrets.token_hex(8)}"
-        mine.touch(mode=0o600)
-        mine.write_bytes(secrets.token_bytes(32))
-        try:
-            os.link(mine, path)  # the first of several processes wins; nobody reads a half-written key
-        except FileExistsError:
-            pass
-        finally:
-            mine.unlink()
-    return path.read_bytes()

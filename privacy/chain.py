@@ -1,12 +1,14 @@
 """Chain: an append-only file of records, each tied to all before it, that no crash and no edit can shorten unnoticed.
 
-Layout: `_MAGIC`, then records: length (4 bytes, big endian) | SHA-256 of (the digest before | body) | body, a JSON
-object. Beside it FILE.head names the last record that was made durable: up to there nothing may be missing, and only
-a short record beyond it is what a crash leaves.
+Layout: `_MAGIC`, then records: length (4 bytes, big endian) | SHA-256 of (the digest before | body) | tag, the digest's
+HMAC-SHA256 under the file's own key | body, a JSON object. Anyone can check the digests; who has FILE.key also knows
+that nobody without it wrote a record. FILE.head names the last record that was made durable, with a tag of its own: up
+to there nothing may be missing, and only a short record beyond it is what a crash leaves.
 """
 
 import fcntl
 import hashlib
+import hmac
 import json
 import os
 import time
@@ -15,9 +17,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from privacy.durable import secret, write_atomic
 from privacy.refused import Refused
 
-_FAMILY, _MAGIC = b"umbel ledger ", b"umbel ledger 1\n"
+_FAMILY, _MAGIC = b"umbel ledger ", b"umbel ledger 2\n"
+_FIRST = hashlib.sha256(_MAGIC).digest()
+_FRAME = 4 + 32 + 32
 _LONGEST = 1 << 16
 _PATIENCE = 60.0
 
@@ -29,6 +34,46 @@ class Head(NamedTuple):
     digest: str
 
 
+class _Frame(NamedTuple):
+    """One record as it lies in the file."""
+
+    end: int
+    digest: bytes
+    tag: bytes
+    body: bytes
+
+
+def _frames(data: bytes, at: int, before: bytes) -> Iterator[_Frame]:
+    """The whole records of `data` from `at`; ends at a short one. Raises ValueError where a digest does not fit."""
+    while len(data) - at >= _FRAME:
+        length = int.from_bytes(data[at : at + 4])
+        end = at + _FRAME + length
+        if length <= _LONGEST and len(data) < end:
+            return
+        digest, body = data[at + 4 : at + 36], data[at + _FRAME : end]
+        if length > _LONGEST or hashlib.sha256(before + body).digest() != digest:
+            raise ValueError("a record is damaged")
+        yield _Frame(end, digest, data[at + 36 : at + _FRAME], body)
+        at, before = end, digest
+
+
+def readable(path: Path) -> list[dict[str, Any]]:
+    """The bodies of a damaged file's records, as far as digests, and tags where the key is there, bear them out."""
+    data, found = path.read_bytes() if path.is_file() else b"", list[dict[str, Any]]()
+    key_path = path.with_name(path.name + ".key")
+    key = key_path.read_bytes() if key_path.is_file() else None
+    with suppress(ValueError):
+        for frame in _frames(data, len(_MAGIC), _FIRST) if data.startswith(_MAGIC) else ():
+            if key is not None and _tag(key, frame.digest) != frame.tag:
+                break
+            found.append(json.loads(frame.body))
+    return found
+
+
+def _tag(key: bytes, said: bytes) -> bytes:
+    return hmac.digest(key, said, "sha256")
+
+
 class Chain:
     """The file. Several processes may share it: each holds its lock for a block of `held`.
 
@@ -36,33 +81,44 @@ class Chain:
     or held for over a minute, and leaves it as it was.
     """
 
-    def __init__(self, path: Path, take: Callable[[int, dict[str, Any]], None]) -> None:
+    def __init__(self, path: Path, take: Callable[[int, dict[str, Any]], None], keyed: bool = True) -> None:
         """take: given each record's sequence number, from 1, and body, in order and once; raises ValueError, KeyError,
         TypeError, IndexError or AttributeError for one that does not follow from those before it.
+        keyed: False to read another's file, whose key is not here, by its digests alone.
         """
-        self.path, self._take = path, take
+        self.path, self._take, self._keyed = path, take, keyed
         self._head_path = path.with_name(path.name + ".head")
-        self._digests = [hashlib.sha256(_MAGIC).digest()]
+        self._key_path = path.with_name(path.name + ".key")
+        self._key = b""
+        self._digests = [_FIRST]
         self._end = 0
+        self._time = 0
 
     @property
     def head(self) -> Head:
         return Head(len(self._digests) - 1, self._digests[-1].hex())
 
+    @property
+    def now(self) -> int:
+        """Seconds since 1970: the clock, or the last record's time where the clock was set back behind it."""
+        return max(int(time.time()), self._time)
+
     def holds(self, head: Head) -> bool:
         """Whether what was read goes on from `head`; False when it was rolled back behind it, or is another file."""
-        return head.sequence < len(self._digests) and self._digests[head.sequence].hex() == head.digest
+        return 0 <= head.sequence < len(self._digests) and self._digests[head.sequence].hex() == head.digest
 
     @contextmanager
     def held(self, write: bool = True) -> Iterator[BinaryIO]:
         """The file under its lock, all that other processes wrote read and checked."""
         try:
-            if write:
+            headed = self._head_path.exists()  # asked for first: whoever makes both makes the file first
+            if not self.path.exists():
+                if headed or self._end:
+                    self._read(b"")
+                if not write:
+                    yield None  # type: ignore[misc]  # readers do not look at it
+                    return
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-            elif not self.path.exists():
-                self._read(b"")
-                yield None  # type: ignore[misc]  # readers do not look at it
-                return
             flags = os.O_RDWR | os.O_CREAT if write else os.O_RDONLY
             with os.fdopen(os.open(self.path, flags, 0o600), "r+b" if write else "rb", buffering=0) as file:
                 limit = time.monotonic() + _PATIENCE
@@ -89,13 +145,14 @@ class Chain:
         """Write the records in one go, in place of a short last one; durable: on disk, and named by the head."""
         if not bodies:
             return
-        if self._end == 0:
-            self._anchor()  # before the first record, so that a ledger with records always has its head
-        digest, frames, now = self._digests[-1], bytearray() if self._end else bytearray(_MAGIC), int(time.time())
+        if self._end == 0:  # before the first record, so that a ledger with records always has its key and its head
+            self._key = secret(self._key_path)
+            self._anchor()
+        digest, frames, now = self._digests[-1], bytearray() if self._end else bytearray(_MAGIC), self.now
         for sequence, entry in enumerate(bodies, len(self._digests)):
             body = json.dumps({"sequence": sequence, "time": now, **entry}, separators=(",", ":")).encode()
             digest = hashlib.sha256(digest + body).digest()
-            frames += len(body).to_bytes(4) + digest + body
+            frames += len(body).to_bytes(4) + digest + _tag(self._key, digest) + body
         try:
             file.truncate(self._end)
             file.seek(self._end)
@@ -120,58 +177,63 @@ class Chain:
 
     def _anchor(self) -> None:
         """Name the last record in the head file, atomically and durably."""
-        partial = self._head_path.with_name(self._head_path.name + ".partial")
-        with partial.open("wb") as file:
-            file.write(json.dumps(self.head).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._head_path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_atomic(self._head_path, json.dumps([*self.head, self._head_tag(self.head)]).encode())
+
+    def _head_tag(self, head: Head) -> str:
+        return _tag(self._key, f"head {head.sequence} {head.digest}".encode()).hex()
 
     def _read(self, data: bytes) -> None:
         """Check and take in `data`, what stands beyond the part that is known; a short last record stays unread."""
-        at, damaged = 0, ""
+        at, damaged, begun = 0, "", bool(data) or self._end > 0
         if self._end == 0 and not _MAGIC.startswith(data[: len(_MAGIC)]):
             other = "of another version" if data.startswith(_FAMILY) else "no ledger"
             raise Refused(f"{self.path} is {other}: use the Umbel that wrote it, or name another folder by --state")
+        if self._keyed and not self._key and (begun or self._head_path.exists()):
+            self._key = self._known_key()
         if self._end == 0 and len(data) >= len(_MAGIC):
             at = self._end = len(_MAGIC)
-        while not damaged and len(data) - at >= 36:
-            length = int.from_bytes(data[at : at + 4])
-            digest, body = data[at + 4 : at + 36], data[at + 36 : at + 36 + length]
-            if length <= _LONGEST and len(body) < length:
-                break
-            if length > _LONGEST or hashlib.sha256(self._digests[-1] + body).digest() != digest:
-                damaged = f"record {len(self._digests)} is damaged"
-                break
-            try:
-                self._take(len(self._digests), json.loads(body))
-            except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        try:
+            for frame in _frames(data, at, self._digests[-1]):
+                if self._keyed and not hmac.compare_digest(_tag(self._key, frame.digest), frame.tag):
+                    damaged = f"record {len(self._digests)} was not written with this ledger's key"
+                    break
                 damaged = f"record {len(self._digests)} does not follow from those before it"
-                break
-            at += 36 + length
-            self._digests.append(digest)
-            self._end += 36 + length
-        damaged = damaged or self._against_head(bool(data) or self._end > 0)
-        if damaged:
+                body = json.loads(frame.body)
+                if body["time"] < self._time:
+                    break
+                self._take(len(self._digests), body)
+                damaged, self._time = "", body["time"]
+                self._digests.append(frame.digest)
+                self._end, at = self._end + frame.end - at, frame.end
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            damaged = damaged or f"record {len(self._digests)} is damaged"
+        if damaged := damaged or self._against_head(begun):
             raise Refused(
-                f"{self.path}: {damaged}, so what was spent cannot be known: bring both files back from a copy"
+                f"{self.path}: {damaged}, so what was spent cannot be known: bring its files back from a copy, or "
+                "charge what the other side wrote down by `umbel ledger adopt`"
             )
+
+    def _known_key(self) -> bytes:
+        try:
+            return self._key_path.read_bytes()
+        except FileNotFoundError:
+            raise Refused(
+                f"{self.path}: its key {self._key_path.name} is missing, so it could be anyone's: bring it back from a "
+                "copy, or charge what the other side wrote down by `umbel ledger adopt`"
+            ) from None
 
     def _against_head(self, begun: bool) -> str:
         """What is wrong with a ledger, begun or not, that goes as far as was read; empty if nothing is."""
         try:
-            head = Head(*json.loads(self._head_path.read_bytes()))
-            if self._digests[max(0, head.sequence)].hex() == head.digest:
-                return ""
-            return f"record {head.sequence} is not the one that its head file names"
+            sequence, digest, tag = json.loads(self._head_path.read_bytes())
+            if self._digests[max(0, sequence)].hex() != digest:
+                return f"record {sequence} is not the one that its head file names"
+            if self._keyed and not hmac.compare_digest(self._head_tag(Head(sequence, digest)), tag):
+                return "its head file was not written with this ledger's key"
+            return ""
         except FileNotFoundError:
             return "its head file is missing" if begun else ""
         except IndexError:
-            return f"it ends after record {len(self._digests) - 1}, its head file names {head.sequence}"
+            return f"it ends after record {len(self._digests) - 1}, its head file names {sequence}"
         except (ValueError, TypeError, AttributeError):
             return "its head file is damaged"

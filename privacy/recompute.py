@@ -18,26 +18,27 @@ import dp_accounting as dp
 from dp_accounting import gaussian_mechanism
 from dp_accounting.pld import PLDAccountant
 
-_FIRST = b"umbel ledger 1\n"
+_FIRST = b"umbel ledger 2\n"
 _INTERVAL = 1e-4
 _ORDERS = [*range(2, 25), 320, 512, 1024]
 """At these the bound of sampling without replacement has no differences that cancel."""
+_FRAME = 4 + 32 + 32  # length, digest, and a tag that only who has the ledger's key can check
 
 
 def records(path: Path) -> list[dict[str, Any]]:
     """The bodies of all records. Raises ValueError where a digest, or the head, does not fit."""
     data, head = path.read_bytes(), json.loads(path.with_name(path.name + ".head").read_bytes())
     if not data.startswith(_FIRST):
-        raise ValueError("it is no ledger of version 1")
+        raise ValueError("it is no ledger of version 2")
     digest, at, found = hashlib.sha256(_FIRST).digest(), len(_FIRST), list[dict[str, Any]]()
     if head[0] == 0 and head[1] != digest.hex():
         raise ValueError("it differs from its head")
-    while at + 36 <= len(data) and at + 36 + int.from_bytes(data[at : at + 4]) <= len(data):
-        end = at + 36 + int.from_bytes(data[at : at + 4])
-        digest = hashlib.sha256(digest + data[at + 36 : end]).digest()
+    while at + _FRAME <= len(data) and at + _FRAME + int.from_bytes(data[at : at + 4]) <= len(data):
+        body, end = at + _FRAME, at + _FRAME + int.from_bytes(data[at : at + 4])
+        digest = hashlib.sha256(digest + data[body:end]).digest()
         if digest != data[at + 4 : at + 36] or (len(found) + 1 == head[0] and digest.hex() != head[1]):
             raise ValueError(f"record {len(found) + 1} is damaged")
-        found.append(json.loads(data[at + 36 : end]))
+        found.append(json.loads(data[body:end]))
         at = end
     if len(found) < head[0]:
         raise ValueError(f"it has {len(found)} records, its head names {head[0]}")
@@ -56,7 +57,8 @@ def accounts(bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
             who = {key: body[key] for key in ("unit", "client", "dataset")}
             if all({key: row[key] for key in who} != who for row in opened.values()):
                 opened[sequence] = {**who, "epsilon": 0.0, "delta": body["delta"]}
-            continue
+        if body["kind"] not in ("RESERVE", "COMMIT", "VOID"):
+            continue  # evidence: of data, of the other side's ledger, of an adoption
         key = (body["account"], body["run"], body["round"], body["attempt"])
         if body["kind"] == "RESERVE":
             reserved[key] = tuple(body["mechanism"]), body["steps"]

@@ -76,6 +76,10 @@ class Privacy(Section):
     budget: float | None = Field(
         None, gt=0, description="epsilon of every client over all runs on the same data; unset: recorded, never refused"
     )
+    window_days: float | None = Field(None, gt=0, description="days of a window of time; needs privacy.window_epsilon")
+    window_epsilon: float | None = Field(
+        None, gt=0, description="epsilon of every client in any privacy.window_days days, beside the total budget"
+    )
     delta: float | None = Field(None, gt=0, lt=1, description="unset: 1 / (10 x the client's examples), or clients")
     clip: float = Field(1.0, gt=0, description="clipping norm of one example's gradient, or of a client's update")
     update_clip: float = Field(1.0, gt=0, description="both: clipping norm of a client's update")

@@ -4,15 +4,16 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clients.task import Hello
+from clients.task import Charge, Hello, Reply, Task
 from privacy import accounting
 from privacy.chain import Head
-from privacy.ledger import Account, Ledger
+from privacy.durable import secret
+from privacy.ledger import Account, Ledger, Window
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios import Scenario
@@ -26,7 +27,7 @@ class Exhausted(Exception):
     """Fewer than rounds.minimum clients can pay for a round; the message says who has how much left."""
 
 
-class Charge(NamedTuple):
+class Cost(NamedTuple):
     """What one round costs one account."""
 
     account: Account
@@ -54,10 +55,12 @@ class Accounts:
     ledger: Ledger | None = None
     run: str = ""
     """The run's name in the ledger."""
-    asks: Mapping[str, tuple[Charge, ...]] = field(default_factory=dict)
-    """What a round charges to every client."""
-    tests: Mapping[str, tuple[Charge, int]] = field(default_factory=dict)
-    """What an evaluation charges to every client's test examples, and how many the run may make."""
+    asks: Mapping[str, tuple[Cost, ...]] = field(default_factory=dict)
+    """What a round costs every client."""
+    tests: Mapping[str, tuple[Cost, int]] = field(default_factory=dict)
+    """What an evaluation costs every client's test examples, and how many the run may make."""
+    _heard: dict[str, Head] = field(default_factory=dict)
+    """Heads of the devices' own ledgers since the last commit, by client."""
 
     def reserve(self, number: int, steps: Mapping[str, int]) -> dict[str, str]:
         """Before data is touched (Journal): who cannot pay -> why; for all others the steps are reserved, durably.
@@ -67,20 +70,36 @@ class Accounts:
         """
         if self.ledger is None:
             return {}
-        charges = {charge.account: charge for name in steps for charge in self.asks[name]}
-        wanted = {account: (charge.mechanism, charge.of(steps[account.client])) for account, charge in charges.items()}
+        costs = {cost.account: cost for name in steps for cost in self.asks[name]}
+        wanted = {account: (cost.mechanism, cost.of(steps[account.client])) for account, cost in costs.items()}
         refused = self.ledger.reserve(self.run, number, wanted)
         why = {account.client: f"ledger: epsilon {left}" for account, left in refused.items()}
         if refused and len(steps) - len(why) < self.minimum:
             self.ledger.void(self.run, number, wanted.keys() - refused.keys())
-            everyone = [charge for charges in self.asks.values() for charge in charges]
-            over = self.ledger.over({charge.account: (charge.mechanism, charge.steps) for charge in everyone})
+            everyone = [cost for costs in self.asks.values() for cost in costs]
+            over = self.ledger.over({cost.account: (cost.mechanism, cost.steps) for cost in everyone})
             if len(self.asks) - len({account.client for account in over}) < self.minimum:
                 raise Exhausted(_who(over))
             return {name: why.get(name, f"ledger: fewer than {self.minimum} of this round can pay") for name in steps}
         if halves := {account for account in wanted.keys() - refused.keys() if account.client in why}:
             self.ledger.void(self.run, number, halves)  # one account of the client can pay, the other cannot
         return why
+
+    def charged(self, task: Task) -> Task:
+        """The task with its reservation, for the ledger of the device that adds its noise (Journal)."""
+        if self.ledger is None or not (task.mechanism or task.update_noise):
+            return task
+        cost = self.tests[task.client][0] if task.kind == "evaluate" else self.asks[task.client][0]
+        _, attempt = self.ledger.attempt(self.run, cost.account)
+        known = self.ledger.seen.get(self.asks[task.client][0].account)
+        return replace(task, charge=Charge(self.run, attempt, self.ledger.chain.head, known))
+
+    def heard(self, replies: Iterable[Reply]) -> Iterator[Reply]:
+        """The replies, as they come; the heads of the devices' own ledgers join the next commit (Journal)."""
+        for reply in replies:
+            if reply.head is not None:
+                self._heard[reply.client] = reply.head
+            yield reply
 
     def commit(self, state: ServerState, row: Row, taken: Mapping[str, int]) -> None:
         """All or nothing (Journal), and then what these clients really released, which may be less than was reserved.
@@ -91,18 +110,21 @@ class Accounts:
             self.folder.commit(state, row)
             return
         self.folder.commit(state, row, self.ledger.chain.head)
-        spent = {charge.account: charge.of(count) for name, count in taken.items() for charge in self.asks[name]}
-        self.ledger.commit(self.run, row["round"], spent)
+        spent = {cost.account: cost.of(count) for name, count in taken.items() for cost in self.asks[name]}
+        seen = {self.asks[name][0].account: head for name, head in self._heard.items() if name in self.asks}
+        self.ledger.commit(self.run, row["round"], spent, seen)
+        self._heard.clear()
 
     def reserve_tests(self, number: int, names: Collection[str]) -> Collection[str]:
         """Before test data is touched: those of `names` whose test examples can pay for one more noised evaluation."""
         if self.ledger is None or not self.tests:
             return names
-        charges = {name: self.tests[name] for name in names if name in self.tests}
-        paying = {charge for charge, most in charges.values() if self.ledger.of_run(self.run, charge.account) < most}
-        refused = self.ledger.reserve(self.run, number, {c.account: (c.mechanism, c.steps) for c in paying})
-        self.ledger.commit(self.run, number, {c.account: c.steps for c in paying if c.account not in refused})
-        return [c.account.client for c in sorted(paying) if c.account not in refused]
+        known = [self.tests[name] for name in names if name in self.tests]
+        costs = {cost.account: cost for cost, most in known if self.ledger.of_run(self.run, cost.account) < most}
+        refused = self.ledger.reserve(self.run, number, {a: (c.mechanism, c.steps) for a, c in costs.items()})
+        paid = costs.keys() - refused.keys()
+        self.ledger.commit(self.run, number, {account: costs[account].steps for account in paid})
+        return sorted(account.client for account in paid)
 
     def unanswered(self, committed: int) -> dict[str, tuple[int, int]]:
         """(steps, rounds of the client as a whole) by client, of this run's rounds begun after the last committed one.
@@ -113,11 +135,11 @@ class Accounts:
             return {}
         lost = self.ledger.unanswered(self.run, committed)
         return {
-            name: (lost[charges[0].account], sum(lost[charge.account] for charge in charges[1:]))
-            for name, charges in self.asks.items()
+            name: (lost[costs[0].account], sum(lost[cost.account] for cost in costs[1:]))
+            for name, costs in self.asks.items()
         }
 
-    def charge(self, client: str, which: int = 0, tests: bool = False) -> Charge | None:
+    def cost(self, client: str, which: int = 0, tests: bool = False) -> Cost | None:
         """What the client's account, its second one, or that of its test examples is charged; None without a ledger."""
         if tests:
             return self.tests[client][0] if client in self.tests else None
@@ -125,14 +147,14 @@ class Accounts:
 
     def evaluations(self, client: str, planned: int) -> int:
         """How many noised evaluations this run charged to a client's test examples; `planned` without a ledger."""
-        charge = self.charge(client, tests=True)
-        return planned if self.ledger is None or charge is None else self.ledger.of_run(self.run, charge.account)
+        cost = self.cost(client, tests=True)
+        return planned if self.ledger is None or cost is None else self.ledger.of_run(self.run, cost.account)
 
-    def total(self, charge: Charge | None) -> dict[str, float | None]:
+    def total(self, cost: Cost | None) -> dict[str, float | None]:
         """{epsilon_total, delta_total, budget}: an account over the ledger's life; null without a ledger."""
-        if self.ledger is None or charge is None:
+        if self.ledger is None or cost is None:
             return {"epsilon_total": None, "delta_total": None, "budget": None}
-        standing = self.ledger.accounts[charge.account]
+        standing = self.ledger.accounts[cost.account]
         return {"epsilon_total": standing.epsilon, "delta_total": standing.delta, "budget": standing.budget}
 
     def evidence(self) -> dict[str, Any]:
@@ -172,28 +194,73 @@ def prepared(
                 "folder by --state"
             )
     ledger, opened = Ledger(path), dict[Account, tuple[float | None, float]]()
-    asks: dict[str, tuple[Charge, ...]] = {}
+    asks: dict[str, tuple[Cost, ...]] = {}
     data, budget = scenario.dataset or scenario.name, settings.privacy.budget
     unit = "example" if settings.privacy.unit == "both" else settings.privacy.unit
     for name, plan in plans.items():
-        first = Charge(Account(unit, name, data), plan.mechanism, round_steps(settings, roster[name].examples))
+        first = Cost(Account(unit, name, data), plan.mechanism, round_steps(settings, roster[name].examples))
         opened[first.account] = budget, plan.delta
         asks[name] = (first,)
         if plan.whole:
-            whole = Charge(Account("client", name, data), plan.whole.mechanism, 1, by_round=True)
+            whole = Cost(Account("client", name, data), plan.whole.mechanism, 1, by_round=True)
             opened[whole.account] = budget, plan.whole.delta
             asks[name] = first, whole
     examined = {}
     for name, plan in tests.items():  # other examples than those it trains on, so an account of their own
-        charge = Charge(Account("example", name, f"{data} (test)"), plan.mechanism, 1, by_round=True)
-        opened[charge.account] = budget, plan.delta
-        examined[name] = charge, plan.steps
-    ledger.read()
-    for charge in (charge for charges in asks.values() for charge in charges):
-        known = ledger.accounts.get(charge.account)
-        accounting.one_adjacency([charge.mechanism, *(+known.history if known else ())])
-    ledger.open(opened)
+        cost = Cost(Account("example", name, f"{data} (test)"), plan.mechanism, 1, by_round=True)
+        opened[cost.account] = budget, plan.delta
+        examined[name] = cost, plan.steps
+    _seen_by_devices(ledger, roster)
+    for cost in (cost for costs in asks.values() for cost in costs):
+        known = ledger.accounts.get(cost.account)
+        accounting.one_adjacency([cost.mechanism, *(+known.history if known else ())])
+    ledger.open(opened, _window(settings), {asks[name][0].account: roster[name].digest for name in plans})
     return Accounts(folder, max(1, settings.rounds.minimum), ledger, run, asks, examined)
+
+
+def check(settings: Settings) -> None:
+    """Refuse settings of a window that cannot be kept."""
+    wanted = settings.privacy
+    if (window := _window(settings)) is None:
+        return
+    if wanted.unit == "none" or wanted.noise_seed is not None:
+        raise Refused(
+            "privacy.window_epsilon limits what is spent under DP with real noise: leave it out, or set those"
+        )
+    if wanted.budget is not None and window.epsilon > wanted.budget:
+        raise Refused(
+            f"privacy.window_epsilon={window.epsilon:g} is more than privacy.budget={wanted.budget:g}, which it never "
+            "replaces: lower it, or leave it out"
+        )
+
+
+def lend_key(folder: RunFolder, settings: Settings) -> None:
+    """Key the digests of this run's data by the state folder's secret, so that the ledger can tell when data change."""
+    if settings.privacy.unit == "none" or settings.privacy.noise_seed is not None:
+        return
+    state = state_folder(settings.run.state)
+    try:
+        secret(folder.states / "key", secret(state / "key"))
+    except OSError as error:
+        raise Refused(f"{state} cannot be written ({error.strerror}): name another folder by --state") from None
+
+
+def _window(settings: Settings) -> Window | None:
+    days, epsilon = settings.privacy.window_days, settings.privacy.window_epsilon
+    if (days is None) != (epsilon is None):
+        raise Refused("privacy.window_days and privacy.window_epsilon go together: set both or none")
+    return None if days is None or epsilon is None else Window(days, epsilon)
+
+
+def _seen_by_devices(ledger: Ledger, roster: Mapping[str, Hello]) -> None:
+    """Refuse a ledger that does not go on from what a device saw of it."""
+    for name, hello in roster.items():
+        if hello.seen is not None and not ledger.holds(hello.seen):
+            raise Refused(
+                f"{ledger.path} does not go on from its record {hello.seen.sequence}, which client {name} saw: it was "
+                "rolled back, or is another ledger; bring it back, or charge what the devices wrote down by "
+                "`umbel ledger adopt`"
+            )
 
 
 def state_folder(named: str) -> Path:

@@ -14,7 +14,7 @@ from privacy.plan import History, Plan
 from privacy.promise import promise
 from scenarios.settings import Settings, knobs
 from server import select
-from server.accounts import Accounts, Charge
+from server.accounts import Accounts, Cost
 from server.state import Row, Score, ServerState, Spent
 
 SCHEMA = 1
@@ -99,14 +99,14 @@ def _privacy(
     fixed = any(plan.mechanism.population for plan in plans.values())
     accountant = certificate.FIXED_SIZE if fixed else certificate.ACCOUNTANT
     spent = {name: state.clients.get(name, Spent()) for name in plans}
-    spendings = [_Spending("", name, plan, spent[name].steps, accounts.charge(name)) for name, plan in plans.items()]
+    spendings = [_Spending("", name, plan, spent[name].steps, accounts.cost(name)) for name, plan in plans.items()]
     spendings += [
-        _Spending("whole", name, plan.whole, spent[name].whole, accounts.charge(name, 1))
+        _Spending("whole", name, plan.whole, spent[name].whole, accounts.cost(name, 1))
         for name, plan in plans.items()
         if plan.whole
     ]
     spendings += [
-        _Spending("tests", name, plan, accounts.evaluations(name, plan.steps), accounts.charge(name, tests=True))
+        _Spending("tests", name, plan, accounts.evaluations(name, plan.steps), accounts.cost(name, tests=True))
         for name, plan in tests.items()
     ]
     entries: dict[str, dict[str, Any]] = {"": {}, "whole": {}, "tests": {}}
@@ -117,7 +117,7 @@ def _privacy(
                 f"two accountants contradict each other on client {one.client}: claimed {proof.epsilon:.6g}, "
                 f"at least {proof.low:.6g} by Opacus' PRV"
             )
-        entries[one.kind][one.client] = one.entry(proof) | accounts.total(one.charge)
+        entries[one.kind][one.client] = one.entry(proof) | accounts.total(one.cost)
     clients = [
         {
             "name": name,
@@ -158,7 +158,7 @@ class _Spending(NamedTuple):
     client: str
     plan: Plan
     steps: int
-    charge: Charge | None
+    cost: Cost | None
 
     @property
     def history(self) -> tuple[History, float]:

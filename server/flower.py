@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from privacy.durable import write_atomic
 from privacy.refused import Refused
 from scenarios import Scenario
 from scenarios.settings import Settings, knobs
-from server.record import write_atomic
 from server.run import Progress, Stopped
 from server.superlink import COMMANDS, SuperLink, environment, own, running
 

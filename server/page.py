@@ -6,9 +6,9 @@ from typing import Any
 
 from jinja2 import DictLoader, Environment, StrictUndefined
 
+from privacy.durable import write_atomic
 from privacy.refused import Refused
 from server import units
-from server.record import write_atomic
 from server.templates import TEMPLATES
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from privacy.chain import Head
+from privacy.durable import write_atomic
 from privacy.refused import Refused
 from scenarios.settings import Settings, from_toml, to_toml
 from server.state import Row, ServerState, Spent
@@ -206,21 +207,6 @@ class RunFolder:
                 f"{self.path} is held by another process that is running it: wait for it or stop it"
             ) from None
         return lock
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`, durably: a crash leaves the old file or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def save_named(path: Path, tensors: Mapping[str, NDArray[np.float32]]) -> None:

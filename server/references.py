@@ -1,14 +1,14 @@
 """What the run is measured against: one model trained on all data at once, and the same federation without privacy."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clients.task import Task
+from clients.task import Reply, Task
 from clients.training import Node, evaluate, train
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, build_model
@@ -25,6 +25,12 @@ class NoJournal:
 
     def reserve(self, number: int, steps: Any) -> dict[str, str]:
         raise Refused("a reference federation has no privacy account: its settings must say privacy.unit=none")
+
+    def charged(self, task: Task) -> Task:
+        return task
+
+    def heard(self, replies: Iterable[Reply]) -> Iterator[Reply]:
+        return iter(replies)
 
     def commit(self, state: ServerState, row: Row, taken: Any) -> None:
         """Nothing is kept."""

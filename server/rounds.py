@@ -37,6 +37,12 @@ class Journal(Protocol):
     def reserve(self, number: int, steps: Mapping[str, int]) -> Mapping[str, str]:
         """Before data is touched: these clients may now run these steps under DP; not those returned, name -> why."""
 
+    def charged(self, task: Task) -> Task:
+        """The task with what was written down of it, for the ledger of the device that adds its noise."""
+
+    def heard(self, replies: Iterable[Reply]) -> Iterator[Reply]:
+        """The replies; what devices say of their own ledgers is kept with the next commit."""
+
     def commit(self, state: ServerState, row: Row, taken: Mapping[str, int]) -> None:
         """All or nothing: weights, step state, account, metrics. taken: the steps of every good reply, by client."""
 
@@ -69,11 +75,12 @@ def rounds(
         for name, reason in (journal.reserve(number, chosen.paid) if plans and chosen.paid else {}).items():
             chosen.leave_out(name, reason)
         tasks = [_task(state, plans, settings, number, name, steps, clip) for name, steps in chosen.steps.items()]
+        tasks = [journal.charged(task) for task in tasks]
 
         # train; what comes back is decoded and checked one by one, and combined as it comes
         row = _new_row(state, number, chosen, tasks)
         accepted: dict[str, int] = {}
-        good = _good(fleet.ask(tasks), tasks, roster, settings, codec, row, accepted)
+        good = _good(journal.heard(fleet.ask(tasks)), tasks, roster, settings, codec, row, accepted)
         if central is None:
             update = combined(good, settings.server)
         elif isinstance(central, BandedNoise):

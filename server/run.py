@@ -112,6 +112,7 @@ def prepare(
         _same_settings(start, settings)
     try:
         check(scenario, settings)
+        accounts.lend_key(folder, settings)
         node = Node(scenario, settings, scenario.data(settings), folder.states)
         fleet = fleet_of(node)
         progress.status("waiting for the clients' first word")
@@ -134,7 +135,7 @@ def prepare(
             roster = {name: roster[name] for name in sorted(start["clients"])}  # who came later has no plan
             tests = budget.test_plans(roster, settings)
             charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, start, tests)
-        score = scorer(node, fleet, sorted(roster), tests, charged.reserve_tests)
+        score = scorer(node, fleet, sorted(roster), tests, charged)
     except Refused:
         if start is None:
             folder.discard()
@@ -152,6 +153,7 @@ def check(scenario: Scenario, settings: Settings) -> None:
     if settings.privacy.by_example:
         dp_sgd.check(model)
     pairs.check(settings)
+    accounts.check(settings)
     if settings.privacy.unit == "local":
         local_noise.check(model)
     if settings.privacy.by_client:

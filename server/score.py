@@ -2,8 +2,9 @@
 
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import MappingProxyType
+from typing import Protocol
 
 from clients.task import Reply, Task
 from clients.training import Node, evaluate
@@ -13,6 +14,20 @@ from privacy.refused import Refused
 from scenarios.weights import fit, load
 from server.rounds import Fleet
 from server.state import Score, ServerState
+
+
+class MetricsJournal(Protocol):
+    """What charges noised test results to the clients' test examples; see server.accounts."""
+
+    def reserve_tests(self, number: int, names: Collection[str]) -> Collection[str]:
+        """Who of `names` can pay for an evaluation after round `number`, which is then charged."""
+
+    def charged(self, task: Task) -> Task:
+        """The task with its reservation."""
+
+    def heard(self, replies: Iterable[Reply]) -> Iterator[Reply]:
+        """The replies; what devices say of their own ledgers is kept."""
+
 
 NOTHING = Score(None, None)
 """No client evaluated, or nothing finite came of it."""
@@ -29,20 +44,17 @@ def scorer(
     fleet: Fleet,
     names: list[str],
     tests: Mapping[str, Plan] = MappingProxyType({}),
-    reserve: Callable[[int, Collection[str]], Collection[str]] = lambda _, names: names,
+    journal: "MetricsJournal | None" = None,
 ) -> Callable[[ServerState], Score]:
     """The function that scores a state's weights, by settings.evaluation.on.
 
-    tests: the plans of clients that noise what they say. reserve: who of them can pay for it in this round.
+    tests: the plans of clients that noise what they say. journal: where that is charged; None: nowhere.
     """
     test = node.federation.test
     if node.settings.evaluation.on == "clients":
-        noised = node.settings.evaluation.epsilon is not None
-        return lambda state: (
-            _by_noised_clients(fleet, reserve(state.round, sorted(tests)), tests, state)
-            if noised
-            else _by_clients(fleet, names, state)
-        )
+        if node.settings.evaluation.epsilon is not None:
+            return lambda state: _by_noised_clients(fleet, tests, journal, state)
+        return lambda state: _by_clients(fleet, names, state)
     assert test is not None
 
     def by_server(state: ServerState) -> Score:
@@ -67,13 +79,20 @@ def _by_clients(fleet: Fleet, names: list[str], state: ServerState) -> Score:
     return Score(loss, sum(reply.correct for reply in good) / total, worst)
 
 
-def _by_noised_clients(fleet: Fleet, names: Collection[str], tests: Mapping[str, Plan], state: ServerState) -> Score:
+def _by_noised_clients(
+    fleet: Fleet, tests: Mapping[str, Plan], journal: "MetricsJournal | None", state: ServerState
+) -> Score:
     """Accuracy from counts that are noised one by one and summed; neither a loss nor a worst client is known."""
+    names = sorted(tests) if journal is None else journal.reserve_tests(state.round, sorted(tests))
     tasks = [
         Task("evaluate", state.round, name, state.weights, state.layout, mechanism=tests[name].mechanism)
         for name in names
     ]
-    good = [reply for reply in fleet.ask(tasks) if not reply.reason]
+    if journal is None:
+        replies = fleet.ask(tasks)
+    else:
+        replies = journal.heard(fleet.ask([journal.charged(task) for task in tasks]))
+    good = [reply for reply in replies if not reply.reason]
     share = noisy_counts.accuracy(sum(reply.correct for reply in good), sum(reply.examples for reply in good))
     return NOTHING if share is None else Score(None, share)
 

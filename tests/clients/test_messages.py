@@ -10,12 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients import messages
-from clients.task import Device, Hello, Reply, Task
+from clients.task import Charge, Device, Hello, Reply, Task
+from privacy.chain import Head
 from privacy.plan import Mechanism
 
 NUMBERS = st.floats(0, 1e12)
 COUNTS = st.integers(0, 2**53)
 NAMES = st.text(st.characters(categories=("L", "N", "P")), min_size=1, max_size=50)
+
+
+HEADS = st.builds(Head, COUNTS, st.integers(0, 2**256 - 1).map(lambda number: f"{number:064x}"))
+CHARGES = st.builds(Charge, NAMES, st.integers(1, 2**53), HEADS, st.none() | HEADS)
 
 
 @st.composite
@@ -39,6 +44,7 @@ def tasks(draw: st.DrawFn) -> Task:
         clip=draw(NUMBERS),
         update_clip=draw(NUMBERS),
         update_noise=draw(NUMBERS),
+        charge=draw(st.none() | CHARGES),
     )
 
 
@@ -63,16 +69,20 @@ def test_a_task_survives_the_journey_to_the_bit(task: Task) -> None:
     assert replace(arrived, weights=task.weights) == task
 
 
-@given(payload=st.binary(max_size=200), loss=st.floats(-1e9, 1e9), counts=st.tuples(COUNTS, COUNTS, COUNTS))
-def test_a_reply_survives_the_journey(payload: bytes, loss: float, counts: tuple[int, int, int]) -> None:
+@given(st.binary(max_size=200), st.floats(-1e9, 1e9), st.tuples(COUNTS, COUNTS, COUNTS), st.none() | HEADS)
+def test_a_reply_survives_the_journey(
+    payload: bytes, loss: float, counts: tuple[int, int, int], head: Head | None
+) -> None:
     task = a_task()
-    reply = Reply(task.round, task.client, payload, counts[0], counts[1], loss, counts[2])
+    reply = Reply(task.round, task.client, payload, counts[0], counts[1], loss, counts[2], head=head)
     assert messages.decode_reply(travelled(messages.encode_reply(reply)), task) == reply
 
 
-@given(NAMES, COUNTS, NUMBERS, st.floats(0, 1), COUNTS)
-def test_a_hello_survives_the_journey(name: str, count: int, number: float, share: float, nodes: int) -> None:
-    hello = Hello(name, count, "ab" * 32, Device(number, number, number, count, share))
+@given(NAMES, COUNTS, NUMBERS, st.floats(0, 1), COUNTS, st.none() | HEADS, st.none() | HEADS)
+def test_a_hello_survives_the_journey(
+    name: str, count: int, number: float, share: float, nodes: int, head: Head | None, seen: Head | None
+) -> None:
+    hello = Hello(name, count, "ab" * 32, Device(number, number, number, count, share), head, seen)
     assert messages.decode_hello(travelled(messages.encode_hello(hello, nodes))) == (hello, nodes)
 
 
@@ -126,6 +136,16 @@ TASK_LIES: dict[str, Callable[[RecordDict], RecordDict]] = {
     "sampling more than everything": lambda r: fields(r, sampling_rate=1.5),
     "sampling without noise": lambda r: fields(r, noise_multiplier=0.0),
     "noise without sampling": lambda r: fields(r, sampling_rate=0.0),
+    "an attempt of no run": lambda r: fields(r, attempt=1),
+    "a run without an attempt": lambda r: fields(r, run="5e", server_digest="5e" * 32),
+    "a run without the ledger's head": lambda r: fields(r, run="5e", attempt=1),
+    "a head that is no digest": lambda r: fields(r, run="5e", attempt=1, server_digest="no"),
+    "a head in capitals": lambda r: fields(r, run="5e", attempt=1, server_digest="5E" * 32),
+    "a known head that is no digest": lambda r: fields(
+        r, run="5e", attempt=1, server_digest="5e" * 32, node_digest="5e" * 31
+    ),
+    "a known head of no run": lambda r: fields(r, node_digest="5e" * 32),
+    "a run with control characters": lambda r: fields(r, run="5\n", attempt=1, server_digest="5e" * 32),
     "layers of one name": lambda r: fields(r, names=["a", "a"]),
     "numbers for names": lambda r: fields(r, names=[1, 2]),
     "fewer ranks than names": lambda r: fields(r, ranks=[2]),
@@ -159,6 +179,8 @@ REPLY_LIES: dict[str, Callable[[RecordDict], RecordDict]] = {
     "a payload of another dtype": lambda r: array(r, dtype="float32"),
     "a payload shorter than it says": lambda r: array(r, shape=(5,)),
     "a payload without end": lambda r: array(r, data=bytes(70_000), shape=(70_000,)),
+    "a head that is no digest": lambda r: fields(r, node_digest="no", node_sequence=1),
+    "a head without a digest": lambda r: fields(r, node_sequence=1),
     "a task's record": lambda r: messages.encode_task(a_task()),
     "a hello's record": lambda r: messages.encode_hello(Hello("client-1", 1, "ab")),
 }
@@ -185,7 +207,18 @@ def test_a_reply_that_was_tampered_with_is_refused(lie: str) -> None:
 
 @pytest.mark.parametrize(
     "lie",
-    [{"name": ""}, {"name": "a\nb"}, {"availability": 1.5}, {"examples": -1}, {"digest": ""}, {"speed": float("inf")}],
+    [
+        {"name": ""},
+        {"name": "a\nb"},
+        {"availability": 1.5},
+        {"examples": -1},
+        {"digest": ""},
+        {"speed": float("inf")},
+        {"node_digest": "no"},
+        {"server_digest": "5e" * 33},
+        {"server_sequence": 4},
+        {"node_sequence": -1},
+    ],
 )
 def test_a_hello_that_was_tampered_with_is_refused(lie: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r".{10,}"):

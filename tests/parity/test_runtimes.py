@@ -1,5 +1,6 @@
 """The same weights, to the bit, on all three runtimes: embedded, Flower's simulation, SuperLink with SuperNodes."""
 
+import hashlib
 import json
 import os
 import socket
@@ -10,10 +11,18 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from flwr.app import Context, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
 
+from clients import app as client_app
+from clients import messages
+from clients.task import Charge, Task
+from privacy.ledger import Account, Ledger
+from privacy.plan import Mechanism
 from privacy.refused import Refused
-from scenarios import load
+from scenarios import build_model, load
 from scenarios.settings import Settings, override
+from scenarios.weights import flatten, layout
 from server import flower, run
 from server.embedded import EmbeddedFleet
 from server.record import RunFolder
@@ -169,6 +178,57 @@ def test_the_set_string_makes_the_same_settings_on_every_node(text: str, tmp_pat
     assert told.model_copy(update={"run": wanted.run, "fleet": wanted.fleet}) == wanted
 
 
+@pytest.mark.slow
+def test_a_real_node_reserves_in_its_own_ledger_replays_its_bytes_and_is_found_out_when_it_forgets(
+    superlink: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = override(load("digits").settings, f"{SMALL} rounds.number=1 run.state={tmp_path / 'server'}")
+    out = flower.run("digits", load("digits"), wanted, tmp_path / "one", Heard(), lambda: False, superlink)
+    assert [row["rejected"] for row in rows(out)] == [[]]
+    me, server, node = (
+        Account("example", "client-0", "digits"),
+        *(
+            Ledger(path, keep=True)
+            for path in (tmp_path / "server" / "devices.ledger", home / "state-0" / "node.ledger")
+        ),
+    )
+    for ledger in (server, node):
+        ledger.read()
+    assert +node.accounts[me].history == +server.accounts[me].history != {}
+    assert node.holds(server.seen[me])
+    assert server.holds(node.seen[me])
+
+    # the server's last message once more, at the node's own front door
+    for name in ("run_id", "node_id", "task_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1, raising=False)
+    reserved = [body for body in node.records or () if body["kind"] == "RESERVE"][-1]
+    model, text = build_model(load("digits"), wanted), flower.settings_text(load("digits"), wanted, out, False, "wall")
+    charge = Charge(reserved["run"], reserved["attempt"], server.chain.head, server.seen[me])
+    task = Task(
+        "train", 1, "client-0", flatten(model), layout(model), 0.1, reserved["steps"],
+        mechanism=Mechanism(*reserved["mechanism"]), clip=wanted.privacy.clip, charge=charge,
+    )  # fmt: skip
+    config = {"client": "client-0", "state": str(home / "state-0")}
+    context = Context(1, 1, config, RecordDict(), {"scenario": "digits", "set": text})
+    message = Message(messages.encode_task(task), 1, "train")
+    message.metadata.__dict__["_message_id"] = "1"
+    again = messages.decode_reply(client_app.app(message, context).content, task)
+    (stored,) = (home / "state-0").glob("*.reply")
+    assert again.reason == ""
+    assert len(again.payload) > 1000
+    assert stored.read_bytes().endswith(b"\n" + again.payload)
+    assert hashlib.sha256(again.payload).hexdigest().encode() in stored.read_bytes()
+    assert node.read() == node.chain.head
+    assert sum(node.accounts[me].history.values()) == sum(server.accounts[me].history.values()), "it cost nothing"
+
+    for path in (home / "state-0").glob("node.ledger*"):  # file, head and key
+        path.unlink()
+    out = flower.run("digits", load("digits"), wanted, tmp_path / "two", Heard(), lambda: False, superlink)
+    (row,) = rows(out)
+    assert [entry["name"] for entry in row["rejected"]] == ["client-0"]
+    assert "it was rolled back" in row["rejected"][0]["reason"]
+
+
 # ---- A SuperLink and three SuperNodes, as a user starts them ----
 
 
@@ -179,9 +239,14 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def superlink(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the nodes keep their state, in state-0 to state-2."""
+    return tmp_path_factory.mktemp("deployment")
+
+
+@pytest.fixture(scope="module")
+def superlink(home: Path) -> Iterator[str]:
     """HOST:PORT of a SuperLink with three SuperNodes, each told by its owner which client it is."""
-    home = tmp_path_factory.mktemp("deployment")
     address = f"127.0.0.1:{free_port()}"
     host, port = address.split(":")
     command = ["flower-superlink", "--insecure", "--host", host, "--port", port]

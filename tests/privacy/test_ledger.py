@@ -1,22 +1,18 @@
 """The ledger under whatever a crash, a disk, an editor or another process does to it: 0 under-counts."""
 
 import fcntl
+import hmac
 import json
-import os
 import shutil
-import signal
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import accounting, chain, ledger, recompute
+from privacy import accounting, chain, durable, recompute
 from privacy.chain import Head
 from privacy.ledger import Account, Ledger
 from privacy.plan import Mechanism
@@ -85,13 +81,13 @@ def test_a_round_that_is_repeated_is_a_new_attempt_and_both_count(tmp_path: Path
     path = tmp_path / "l.ledger"
     opened(path).reserve("run", 1, ask(5))
     again = opened(path)
-    assert again.unanswered("run", 0) == {"a": 5, "b": 5}
+    assert again.unanswered("run", 0) == {A: 5, B: 5}
     assert again.unanswered("run", 1) == {}
     assert again.unanswered("other", 0) == {}
     again.reserve("run", 1, ask(5))
     again.commit("run", 1, {A: 4, B: 5})
     assert (steps(path, A), steps(path, B)) == (9, 10)
-    assert again.unanswered("run", 0) == {"a": 5, "b": 5}
+    assert again.unanswered("run", 0) == {A: 5, B: 5}
 
 
 def test_the_gate_refuses_the_first_round_that_would_pass_the_budget_and_says_what_is_left(tmp_path: Path) -> None:
@@ -143,7 +139,7 @@ def written(folder: Path) -> tuple[Path, list[int]]:
     made.reserve("run", 4, ask(4, A))
     data, ends = path.read_bytes(), [15]
     while ends[-1] < len(data):
-        ends.append(ends[-1] + 36 + int.from_bytes(data[ends[-1] : ends[-1] + 4]))
+        ends.append(ends[-1] + 68 + int.from_bytes(data[ends[-1] : ends[-1] + 4]))
     return path, ends
 
 
@@ -151,7 +147,7 @@ def test_no_flip_of_a_single_bit_goes_unnoticed(tmp_path: Path) -> None:
     path, ends = written(tmp_path)
     whole = path.read_bytes()
     for at in range(len(whole)):
-        for bit in (1 << (at % 8),) if at % 7 else tuple(1 << b for b in range(8)):
+        for bit in (1 << (at % 8),) if at % 29 else tuple(1 << b for b in range(8)):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
             with pytest.raises(Refused):
                 Ledger(path).read()
@@ -163,26 +159,32 @@ def test_every_cut_behind_the_head_is_refused_and_every_cut_beyond_it_is_a_torn_
     path, ends = written(tmp_path)
     head = path.with_name("l.ledger.head")
     anchored, whole = head.read_bytes(), path.read_bytes()
-    for cut in sorted({*range(0, len(whole), 5), *ends[:-1], *range(ends[-2], len(whole))}):
+    for cut in sorted({*range(0, len(whole), 17), *ends[:-1], *range(ends[-2], len(whole))}):
         path.write_bytes(whole[:cut])
         with pytest.raises(Refused, match="head file"):
             Ledger(path).read()
         with pytest.raises(Refused):
             opened(path)
         assert path.read_bytes() == whole[:cut], "a refused ledger stays as it was"
-    Ledger(copy := tmp_path / "copy.ledger")
+    copy, key = tmp_path / "copy.ledger", path.with_name("l.ledger.key")
+    shutil.copy(key, tmp_path / "copy.ledger.key")
     for cut in range(ends[-2], len(whole)):  # the head that stood before the last record was written
-        for garbage in (b"", b"\xff"):
+        for garbage in (b"", b"\xff") if cut % 5 == 0 else (b"",):
             copy.write_bytes(whole[:cut] + garbage * (cut > ends[-2] and len(whole) - cut > 1))
-            copy.with_name("copy.ledger.head").write_text(json.dumps(_head_at(whole, ends, len(ends) - 2)))
+            path.write_bytes(whole)
+            copy.with_name("copy.ledger.head").write_text(_head_at(path, ends, len(ends) - 2))
             assert steps(copy) == 2, "rounds 1 and 2, by their commits"
             opened(copy).reserve("run", 4, ask(9, A))
             assert steps(copy) == 11
     assert head.read_bytes() == anchored
 
 
-def _head_at(whole: bytes, ends: list[int], sequence: int) -> tuple[int, str]:
-    return sequence, whole[ends[sequence - 1] + 4 : ends[sequence - 1] + 36].hex()
+def _head_at(path: Path, ends: list[int], sequence: int) -> str:
+    """The head file as it stood after record `sequence`."""
+    digest = path.read_bytes()[ends[sequence - 1] + 4 : ends[sequence - 1] + 36].hex()
+    key = path.with_name(path.name + ".key").read_bytes()
+    tag = hmac.new(key, f"head {sequence} {digest}".encode(), "sha256").hexdigest()
+    return json.dumps([sequence, digest, tag])
 
 
 def test_a_missing_or_foreign_half_is_refused(tmp_path: Path) -> None:
@@ -194,9 +196,10 @@ def test_a_missing_or_foreign_half_is_refused(tmp_path: Path) -> None:
         (None, anchor, "ends after record 0"),
         (b"", anchor, "ends after record 0"),
         (whole, b"[3", "head file is damaged"),
-        (whole, b"[-1, 5]", "not the one that its head file names"),
-        (whole, json.dumps([2, "0" * 64]).encode(), "not the one that its head file names"),
-        (whole.replace(b"ledger 1", b"ledger 2", 1), anchor, "of another version"),
+        (whole, b"[-1, 5]", "head file is damaged"),
+        (whole, b'[-1, "5", "x"]', "not the one that its head file names"),
+        (whole, json.dumps([2, "0" * 64, "0" * 64]).encode(), "not the one that its head file names"),
+        (whole.replace(b"ledger 2", b"ledger 1", 1), anchor, "of another version"),
         (b'{"round": 1}\n', anchor, "no ledger"),
     ):
         for file, content in ((path, ledger_bytes), (head, head_bytes)):
@@ -206,6 +209,84 @@ def test_a_missing_or_foreign_half_is_refused(tmp_path: Path) -> None:
         with pytest.raises(Refused, match=words) as caught:
             Ledger(path).read()
         assert "\n" not in str(caught.value)
+
+
+def test_who_has_no_key_cannot_write_a_record_a_head_or_a_whole_ledger(tmp_path: Path) -> None:
+    path, _ = written(tmp_path)
+    key, head = path.with_name("l.ledger.key"), path.with_name("l.ledger.head")
+    assert key.stat().st_mode & 0o777 == 0o600
+    (other := tmp_path / "forged").mkdir()
+    forged, _ = written(other)  # whole and sound, under a key of the forger's own
+    Ledger(forged).read()
+    mine = {file: file.read_bytes() for file in (path, head)}
+    for changed in ((path, head), (path,), (head,)):
+        for file in changed:
+            shutil.copy(other / file.name, file)
+        with pytest.raises(Refused, match=r"key|head file names"):
+            Ledger(path).read()
+        with pytest.raises(Refused):
+            opened(path)
+        for file, content in mine.items():
+            file.write_bytes(content)
+    tag = json.loads(head.read_bytes())[2]
+    head.write_text(head.read_text().replace(tag, "0" * 64))
+    with pytest.raises(Refused, match="head file was not written with this ledger's key"):
+        Ledger(path).read()
+
+
+def test_a_ledger_without_its_key_is_refused_with_the_way_out_and_read_by_its_digests_alone(tmp_path: Path) -> None:
+    path, _ = written(tmp_path)
+    path.with_name("l.ledger.key").unlink()
+    for use in (lambda: Ledger(path).read(), lambda: opened(path)):
+        with pytest.raises(Refused, match=r"key l\.ledger\.key is missing.*umbel ledger adopt"):
+            use()
+    assert not path.with_name("l.ledger.key").exists()
+    assert Ledger(path, keyed=False).read().sequence == len(recompute.records(path))
+
+
+def test_time_never_runs_backwards_and_a_record_in_which_it_does_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, clock = tmp_path / "l.ledger", [2000]
+    monkeypatch.setattr(chain.time, "time", lambda: clock[0])
+    made = opened(path)
+    clock[0] = 1000
+    made.reserve("run", 1, ask(1))
+    assert {body["time"] for body in recompute.records(path)} == {2000}
+    with made.chain.held() as file, pytest.raises(Refused, match="does not follow"):
+        made.chain.append(file, [{"kind": "DATA", "account": 1, "digest": "d", "time": 1999}])
+
+
+def test_a_change_of_data_is_written_down_as_evidence_and_spending_stays(tmp_path: Path) -> None:
+    made = opened(path := tmp_path / "l.ledger")
+    made.reserve("run", 1, ask(3))
+    for digest in ("one", "one", "two", "one"):
+        opened(path).open({A: (None, DELTA)}, data={A: digest})
+    found = Ledger(path)
+    found.read()
+    assert (found.accounts[A].digest, found.accounts[A].changes, found.accounts[B].changes) == ("one", 2, 0)
+    assert [body["digest"] for body in recompute.records(path) if body["kind"] == "DATA"] == ["one", "two", "one"]
+    assert steps(path) == 3
+
+
+def test_two_processes_on_one_ledger_wait_for_each_other(tmp_path: Path) -> None:
+    path, count = tmp_path / "l.ledger", 40
+    code = f"""
+from pathlib import Path
+from privacy.ledger import Account, Ledger
+from privacy.plan import Mechanism
+import os
+known, book = Account("example", "a", "digits"), Ledger(Path({str(path)!r}))
+for number in range(1, {count} + 1):
+    book.open({{known: (None, {DELTA})}})
+    assert book.reserve(str(os.getpid()), number, {{known: (Mechanism(1.0, 10.0), 3)}}) == {{}}
+    book.commit(str(os.getpid()), number, {{known: 2}})
+"""
+    command = [sys.executable, "-c", code]
+    running = [subprocess.Popen(command, cwd=Path(chain.__file__).parents[1]) for _ in range(2)]
+    assert [process.wait(120) for process in running] == [0, 0]
+    assert steps(path) == 2 * count * 2
+    assert len({body["run"] for body in recompute.records(path) if body["kind"] == "RESERVE"}) == 2
 
 
 def test_a_file_that_is_rolled_back_with_its_head_is_not_what_its_peer_saw(tmp_path: Path) -> None:
@@ -259,7 +340,7 @@ def test_a_full_disk_reserves_nothing_and_gives_one_line(tmp_path: Path, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(chain.os, "fsync", full)
+        patch.setattr(durable.os, "fsync", full)
         with pytest.raises(Refused, match="No space left on device"):
             made.reserve("run", 1, ask(1))
     assert path.read_bytes() == before
@@ -280,68 +361,7 @@ def test_a_ledger_that_another_process_holds_is_waited_for_and_then_refused(
     assert made.reserve("run", 1, ask(1)) == {}, "the refusal let go of the lock"
 
 
-# ---- what a kill does ----
-
-
-@contextmanager
-def killed_at(event: int, opcodes: bool, counted: list[int]) -> Iterator[None]:
-    """SIGKILL this process at the event-th line (or bytecode) that runs in the ledger's files; 0: count them."""
-
-    def trace(frame: FrameType, kind: str, _: Any) -> Callable[..., Any] | None:
-        if frame.f_code.co_filename not in (ledger.__file__, chain.__file__):
-            return None
-        frame.f_trace_opcodes = opcodes
-        if kind == ("opcode" if opcodes else "line"):
-            counted[0] += 1
-            if counted[0] == event:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return trace
-
-    sys.settrace(trace)
-    try:
-        yield
-    finally:
-        sys.settrace(None)
-
-
-def two_rounds(path: Path, told: Path) -> None:
-    """What a run does: reserve, release, commit. `told` grows by a byte with all that could have left a client."""
-    made = opened(path)
-    for number in (1, 2):
-        made.reserve("run", number, ask(10))
-        told.write_text("r" * number)
-        made.commit("run", number, {A: 4, B: 10})
-    made.reserve("run", 3, ask(10))
-    made.void("run", 3, [A, B])
-
-
-@pytest.mark.parametrize("opcodes", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_no_release_is_forgotten(tmp_path: Path, opcodes: bool) -> None:
-    counted = [0]
-    with killed_at(0, opcodes, counted):
-        two_rounds(tmp_path / "whole" / "l.ledger", tmp_path / "told")
-    assert counted[0] > 300
-    for event in range(1, counted[0] + 1, 11 if opcodes else 1):
-        path, told = tmp_path / "l.ledger", tmp_path / "told"
-        for leftover in tmp_path.glob("l.ledger*"):
-            leftover.unlink()
-        told.write_text("")
-        child = os.fork()
-        if child == 0:
-            try:
-                with killed_at(event, opcodes, [0]):
-                    two_rounds(path, told)
-            finally:
-                os._exit(1)
-        _, status = os.waitpid(child, 0)
-        assert os.WIFSIGNALED(status)
-        released = 4 * len(told.read_text())  # of A, which commits 4 of 10
-        found = Ledger(path)
-        found.read()
-        spent = sum(found.accounts[A].history.values()) if A in found.accounts else 0
-        assert released <= spent <= released + 16, f"event {event}"  # one round in flight, one commit lost
-        opened(path).reserve("run", 9, ask(1))  # and it goes on
-        assert steps(path) == spent + 1
+# ---- what a run of rounds does (kills: tests/server/test_ledger_kills.py) ----
 
 
 ACTIONS = st.lists(st.tuples(st.integers(0, 2), st.integers(1, 30), st.integers(0, 30)), max_size=12)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from privacy import accounting, recompute
+from privacy import accounting, chain, recompute
 from privacy.ledger import Account, Ledger
 from privacy.plan import Mechanism
 from privacy.refused import Refused
@@ -134,7 +135,7 @@ def test_what_was_reserved_for_a_round_that_does_not_take_place_is_not_spent(tmp
     names = {name: Account("example", name, "made") for name in "ab"}
     before = dict(ledger.accounts[names["b"]].history)
     steps = {"a": step, "b": Mechanism(1.0, 50.0)}
-    fleet = {name: (accounts.Charge(names[name], steps[name], 1),) for name in "ab"}
+    fleet = {name: (accounts.Cost(names[name], steps[name], 1),) for name in "ab"}
     with RunFolder.open(tmp_path / "one") as folder:
         charged = accounts.Accounts(folder, 2, ledger, "two", fleet)
         with pytest.raises(accounts.Exhausted, match="a: epsilon"):
@@ -189,6 +190,48 @@ def test_what_cannot_be_kept_is_refused_in_one_line_and_leaves_nothing(tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("privacy.window_days=30", "set both or none"),
+        ("privacy.window_epsilon=3", "set both or none"),
+        ("privacy.window_days=30 privacy.window_epsilon=6 privacy.budget=5", "is more than privacy.budget=5"),
+        ("privacy.window_days=30 privacy.window_epsilon=6 privacy.unit=none", "under DP with real noise"),
+        ("privacy.window_days=30 privacy.window_epsilon=6 privacy.noise_seed=1", "under DP with real noise"),
+    ],
+)
+def test_a_window_that_cannot_be_kept_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(Refused, match=words):
+        run(tmp_path / "run", text)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_client_over_its_window_is_left_out_until_enough_of_it_has_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    window, clock = "privacy.window_days=2 privacy.window_epsilon=3", [1_800_000_000.0]
+    monkeypatch.setattr(chain.time, "time", lambda: clock[0])
+    run(tmp_path / "one", window)
+    watch = Quiet()
+    with pytest.raises(job.Stopped, match=r"of its 3 in 2 days is left.* before 2027-01-17 \d\d:\d\d UTC"):
+        run(tmp_path / "two", window, watch=watch)
+    clock[0] += 2.1 * 86_400
+    assert run(tmp_path / "two", window)["privacy"]["clients"][0]["steps"] == 3, "and then it goes on"
+
+
+def test_the_evidence_of_data_changes_with_the_data_and_not_with_the_run(tmp_path: Path, state: Path) -> None:
+    run(tmp_path / "one")
+    same = made_scenario()
+    held = Federation(dict.fromkeys("ab", 30), lambda client: made_examples(7), made_examples(1), made_examples(1))
+    for number, (scenario, changes) in enumerate([(same, 0), (replace(same, data=lambda _: held), 1)]):
+        with RunFolder.create(tmp_path / f"met-{number}", "made", same.settings) as folder:
+            job.prepare(scenario, same.settings, folder, EmbeddedFleet, Quiet())
+        ledger = Ledger(state / "simulations" / "made.ledger")
+        ledger.read()
+        assert [standing.changes for standing in ledger.accounts.values()] == [changes] * 2
+        assert [sum(standing.history.values()) for standing in ledger.accounts.values()] == [3, 3], "spending stays"
+
+
 @pytest.mark.parametrize("text", ["privacy.budget=0", "privacy.budget=-1", "privacy.budget=nan", "privacy.budget=inf"])
 def test_a_budget_that_is_no_budget_is_refused(text: str) -> None:
     with pytest.raises(Refused, match=r"privacy\.budget"):
@@ -199,4 +242,4 @@ def test_a_run_remembers_where_its_ledger_lies(tmp_path: Path, state: Path) -> N
     run(tmp_path / "run")
     start = json.loads((tmp_path / "run/start.json").read_text())["ledger"]
     assert Path(start["path"]).is_relative_to(state)
-    assert start["sequence"] == 2
+    assert start["sequence"] == 4, "two accounts, and what their data is"

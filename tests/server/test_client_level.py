@@ -24,6 +24,7 @@ from server import budget, rounds
 from server import run as job
 from server.embedded import EmbeddedFleet
 from server.record import RunFolder
+from server.references import NoJournal
 from server.state import Row, Score, ServerState, first_state
 
 NAMES = [f"site-{i:02}" for i in range(30)]
@@ -53,7 +54,7 @@ def made() -> Scenario:
 
 
 @dataclass
-class Seen:
+class Seen(NoJournal):
     """A journal and a fleet that remember what they were told, with replies passed through `bend`."""
 
     fleet: EmbeddedFleet

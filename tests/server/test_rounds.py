@@ -17,6 +17,7 @@ from scenarios import Examples, Federation, Scenario
 from scenarios.settings import Settings, override
 from server import budget
 from server.embedded import EmbeddedFleet
+from server.references import NoJournal
 from server.rounds import Fleet, rate, rounds
 from server.state import Row, Score, ServerState, final_weights, first_state
 
@@ -31,7 +32,7 @@ def made_examples(name: str) -> Examples:
     return Examples(x, (x[:, 0] > 0).long())
 
 
-class Kept:
+class Kept(NoJournal):
     """A journal that remembers what it was told, in order."""
 
     def __init__(self) -> None:
