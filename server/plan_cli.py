@@ -70,7 +70,7 @@ def plan(
     )
     given = {word.partition("=")[0] for word in shlex.split(set_)} | {name for name, value in named.items() if value}
     found = planner.answer(chosen, settings, "privacy.epsilon" not in given, "rounds.number" not in given)
-    sought: Sought | str = "asked for by --trials"
+    sought: Sought | str = "no search was asked for: --trials does"
     if trials is not None or candidates:
         sought = _sought(chosen, found, trials, candidates, distribution)
     foreseen: Forecast | str = "--no-curve was given" if not curve else found.reason

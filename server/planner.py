@@ -93,11 +93,9 @@ def answer(scenario: Scenario, settings: Settings, open_epsilon: bool = False, o
     able, needed = sum(purse.pays for purse in found.held.values()), max(1, settings.rounds.minimum)
     if able >= needed:
         return found
-    most = everyone_pays(found, needed)
+    most = everyone_pays(found, len(found.held)) or everyone_pays(found, needed)
     nearest = {"epsilon": most, "rounds": None, "noise_multiplier": None}  # fewer rounds of one epsilon cost the same
-    way = f"epsilon {most:g} is what enough of them can pay" if most else "what they have left pays for no such run"
-    reason = f"{able} of {len(found.held)} clients can pay for all {found.total} rounds, {needed} are needed: {way}"
-    return replace(found, reason=reason, nearest=nearest)
+    return replace(found, reason=_out_of_money(found, able, needed, most), nearest=nearest)
 
 
 def roster(scenario: Scenario, settings: Settings) -> dict[str, Hello]:
@@ -149,19 +147,19 @@ def _nearest(fleet: Mapping[str, Hello], settings: Settings) -> dict[str, Any]:
                 raise
             continue
         if scale == 1:
-            needed = _digits(max(plan.mechanism.noise_multiplier for plan in plans.values()), up=True)
+            needed = _rounded_up(max(plan.mechanism.noise_multiplier for plan in plans.values()))
         break
-    distinct = {(loudest(plan, privacy.max_noise), plan.steps, plan.delta): plan for plan in plans.values()}
+    distinct = {(_with_noise(plan, privacy.max_noise), plan.steps, plan.delta): plan for plan in plans.values()}
     costs = {key: accounting.epsilon({key[0]: key[1]}, key[2]) for key in distinct}
     worst = max(costs, key=lambda key: costs[key])
     steps = accounting.most_steps(worst[0], privacy.epsilon, worst[2], worst[1])
     rounds = steps // (worst[1] // total) - recovery
     while rounds > 0 and not _works(fleet, override(settings, f"rounds.number={rounds}")):
         rounds -= max(1, rounds // 20)  # another client binds at fewer rounds
-    return {"epsilon": _digits(costs[worst], up=True), "rounds": max(0, rounds) or None, "noise_multiplier": needed}
+    return {"epsilon": _rounded_up(costs[worst]), "rounds": max(0, rounds) or None, "noise_multiplier": needed}
 
 
-def loudest(plan: Plan, noise: float) -> Mechanism:
+def _with_noise(plan: Plan, noise: float) -> Mechanism:
     """The plan's mechanism with another noise multiplier."""
     return replace(plan.mechanism, noise_multiplier=noise)
 
@@ -169,7 +167,7 @@ def loudest(plan: Plan, noise: float) -> Mechanism:
 def _most_rounds(fleet: Mapping[str, Hello], settings: Settings, plans: Mapping[str, Plan]) -> int:
     total = settings.rounds.number + settings.export.recover_rounds
     plan = max(plans.values(), key=lambda plan: plan.mechanism.noise_multiplier)
-    loud = loudest(plan, settings.privacy.max_noise)
+    loud = _with_noise(plan, settings.privacy.max_noise)
     steps = accounting.most_steps(loud, settings.privacy.epsilon, plan.delta, max(_MOST_STEPS, plan.steps))
     low, high = settings.rounds.number, steps // (plan.steps // total) - settings.export.recover_rounds
     while low < high and not _works(fleet, override(settings, f"rounds.number={high}")):
@@ -199,12 +197,21 @@ def _out_of_reach(settings: Settings, nearest: Mapping[str, Any]) -> str:
     )
 
 
-def _digits(value: float, up: bool) -> float:
-    """To four significant digits, rounded up (down)."""
-    if value <= 0:
-        return 0.0
-    unit = 10 ** (math.floor(math.log10(value)) - 3)
-    return float(f"{(math.ceil if up else math.floor)(value / unit) * unit:.4g}")
+def _out_of_money(found: Answer, able: int, needed: int, most: float | None) -> str:
+    poor = purses.refused(found.held)
+    names = ", ".join(f"{purse.client} {purse.rounds} of them" for purse in poor[:3])
+    more = f" and {len(poor) - 3} more" if len(poor) > 3 else ""
+    way = f"the nearest is epsilon {most:g}" if most else "what they have left pays for no such run"
+    return (
+        f"{able} of {len(found.held)} clients can pay for all {found.total} rounds of epsilon "
+        f"{found.settings.privacy.epsilon:g}, {needed} are needed ({names}{more}): {way}"
+    )
+
+
+def _rounded_up(value: float) -> float:
+    """To four significant digits."""
+    unit = 10 ** (math.floor(math.log10(value)) - 3) if value > 0 else 1.0
+    return float(f"{math.ceil(value / unit) * unit:.4g}")
 
 
 def local_steps(found: Answer, name: str) -> int:
