@@ -11,8 +11,8 @@ from scenarios import load
 from server import cli
 
 KEYS = (
-    "noise_multiplier clip cohort rounds epsilon delta predicted_accuracy feasible nearest unit local_steps sampling_rate "
-    "clients per_size spent curve search command"
+    "noise_multiplier clip cohort rounds epsilon delta predicted_accuracy feasible nearest unit local_steps "
+    "sampling_rate clients per_size spent curve search command"
 )
 QUICK = ["--set", "fleet.clients=5 rounds.average=1 export.recover_rounds=0 export.prune=0"]
 
@@ -128,14 +128,14 @@ def test_a_wrong_input_gives_one_line_and_exit_code_2_and_writes_nothing(
 def test_a_search_ends_with_its_trials_side_by_side_and_the_best_by_name(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    tried = "privacy.clip=0.0001 | privacy.clip=0.35"
+    tried = "local.rate=1e-9 | local.rate=12"
     settings = f"{QUICK[1]} rounds.number=2"
     words = ["--candidates", tried, "--set", settings, "--out", str(tmp_path / "s")]
     code, out, _ = umbel(capsys, "search", "digits", *words)
     assert code == 0
     assert "plain composition" in out
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["1", "2"]
-    assert f"privacy.clip=0.35 ({tmp_path / 's' / '2'})" in " ".join(out.split())
+    assert "Best on validation data local.rate=12 (" in " ".join(out.split())
     code, _, err = umbel(capsys, "search", "digits", *words)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "not empty" in err

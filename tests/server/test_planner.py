@@ -1,4 +1,4 @@
-"""What a plan says is what a run does: its epsilon, its noise, who can pay, and the nearest target to one out of reach."""
+"""What a plan says is what a run does: its epsilon and noise, who can pay, and the nearest to what is out of reach."""
 
 import re
 import shlex
