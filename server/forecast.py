@@ -29,6 +29,7 @@ from server.state import Row, ServerState, final_weights, first_state
 
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
 """Epsilons that are tried, in units of the target."""
+_FEW = (0.5, 1.0, 2.0)
 REPEATS = 2
 SECONDS = 60.0
 """What a forecast may take before its federations are shortened."""
@@ -92,15 +93,20 @@ def forecast(found: Answer, progress: Callable[[int, int], None], seconds: float
     """Run federations at some epsilons about the target of a feasible plan, two at each, with noise nobody can replay.
 
     Where all rounds would take longer than `seconds`, each federation is `shortened`. progress: called with
-    (rounds done, rounds in all).
+    (rounds done, rounds in all). Raises Refused where not even a few short ones fit.
     """
     with tempfile.TemporaryDirectory(prefix="umbel-forecast-") as states:
         settings = found.settings
         node = Node(found.scenario, settings, found.scenario.data(settings), Path(states))
         fleet = EmbeddedFleet(node)
         score = scorer(node, fleet, sorted(found.roster))
-        number = _affordable_rounds(fleet, found, node, seconds)
-        tried = list(_plans(found, number))
+        per_round = _seconds_a_round(fleet, found, node, seconds)
+        if (fits := schedule(per_round, settings.rounds.number, seconds)) is None:
+            raise Refused(
+                f"a round takes {per_round:.2g} s here, so no forecast fits into {seconds:g} s: --seconds gives it more"
+            )
+        factors, number = fits
+        tried = list(_plans(found, factors, number))
         total, done, began = len(tried) * REPEATS * number, 0, time.monotonic()
         reached: dict[float, list[float]] = {epsilon: [] for epsilon, _, _ in tried}
         spent: dict[str, Counter[Mechanism]] = {name: Counter() for name in found.plans}
@@ -140,15 +146,28 @@ def at(points: Sequence[Point], epsilon: float) -> tuple[float | None, float | N
     return float(curve.predict([math.log(epsilon)])[0]), pooled
 
 
-def _affordable_rounds(fleet: Fleet, found: Answer, node: Node, seconds: float) -> int:
-    """As many of the planned rounds as fit into the time, by the clock of two of them."""
-    settings, planned = found.settings, found.settings.rounds.number
-    first = replace(first_state(node.template, settings), until=2)
-    times = [time.monotonic()]
-    for _ in rounds(fleet, found.roster, found.plans, first, settings, _Unkept({}, Counter()), lambda _: NOTHING):
-        times.append(time.monotonic())
-    fits = int(seconds / (times[-1] - times[-2]) / (len(FACTORS) * REPEATS))
-    return max(min(_LEAST_ROUNDS, planned), min(planned, fits))
+def schedule(per_round: float, planned: int, seconds: float) -> tuple[tuple[float, ...], int] | None:
+    """(factors, rounds): which epsilons are tried and in how many rounds, in `seconds` at `per_round` seconds a round.
+
+    All factors where at least five rounds of each fit, else the three in the middle; None where even those do not.
+    """
+    for factors in (FACTORS, _FEW):
+        fits = int(seconds / per_round / (len(factors) * REPEATS))
+        if fits >= min(_LEAST_ROUNDS, planned):
+            return factors, min(planned, fits)
+    return None
+
+
+def _seconds_a_round(fleet: Fleet, found: Answer, node: Node, seconds: float) -> float:
+    """By the clock of the second round, as the first has more to set up; of the first where it is long."""
+    first = replace(first_state(node.template, found.settings), until=2)
+    began = time.monotonic()
+    took = 0.0
+    for _ in rounds(fleet, found.roster, found.plans, first, found.settings, _Unkept({}, Counter()), lambda _: NOTHING):
+        took, began = time.monotonic() - began, time.monotonic()
+        if took > seconds / 3:
+            break
+    return took
 
 
 def shortened(settings: Settings, number: int) -> Settings:
@@ -168,10 +187,12 @@ def shortened(settings: Settings, number: int) -> Settings:
     )
 
 
-def _plans(found: Answer, number: int) -> Iterator[tuple[float, Settings, Mapping[str, Plan]]]:
+def _plans(
+    found: Answer, factors: Sequence[float], number: int
+) -> Iterator[tuple[float, Settings, Mapping[str, Plan]]]:
     """(epsilon, settings, plans) of every epsilon that is within reach; the target always is."""
     short = found.settings if number == found.settings.rounds.number else shortened(found.settings, number)
-    for factor in FACTORS:
+    for factor in factors:
         settings = override(short, f"privacy.epsilon={found.settings.privacy.epsilon * factor!r}")
         try:
             yield settings.privacy.epsilon, settings, budget.plans(found.roster, settings)

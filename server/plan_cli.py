@@ -43,6 +43,7 @@ def plan(
     data: Data = None,
     state: State = None,
     curve: Annotated[bool, typer.Option("--curve/--no-curve", help="Predict accuracy by quick federations.")] = True,
+    seconds: Annotated[float, typer.Option(help="What the forecast may take; with less it is coarser.")] = 60.0,
     trials: Annotated[float | None, typer.Option(help="Also say what a search of so many trials costs.")] = None,
     candidates: Candidates = "",
     distribution: Law = "poisson",
@@ -75,7 +76,7 @@ def plan(
         sought = _sought(chosen, found, trials, candidates, distribution)
     foreseen: Forecast | str = "--no-curve was given" if not curve else found.reason
     if curve and found.feasible:
-        foreseen = _forecast(found)
+        foreseen = _forecast(found, seconds)
     facts = plan_facts.collect(scenario, found, foreseen, sought)
     if as_json:
         print(json.dumps(facts, indent=2))
@@ -197,14 +198,16 @@ def _spinner(text: str, quiet: bool) -> Iterator[None]:
         yield
 
 
-def _forecast(found: "Answer") -> "Forecast | str":
+def _forecast(found: "Answer", seconds: float) -> "Forecast | str":
     from server.forecast import forecast
 
     try:
         with _bar("federations that predict accuracy") as progress:
-            return forecast(found, progress)
+            return forecast(found, progress, seconds)
     except KeyboardInterrupt:
         return "the forecast was interrupted"
+    except Refused as reason:
+        return str(reason)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import nn
 
 from privacy import accounting
 from privacy.plan import Mechanism
+from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario
 from scenarios.settings import Settings, override
 from server import budget, forecast, planner
@@ -72,11 +73,22 @@ def test_noise_is_new_each_time() -> None:
     assert len(seen) == 2
 
 
-def test_where_time_is_short_federations_run_fewer_rounds_of_as_much_noise_in_all() -> None:
+def test_where_time_is_short_federations_run_fewer_rounds_of_as_much_noise_in_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert forecast.schedule(0.01, 50, 60) == (forecast.FACTORS, 50)
+    assert forecast.schedule(0.1, 50, 60) == (forecast.FACTORS, 42)
+    assert forecast.schedule(1.0, 50, 60) == ((0.5, 1.0, 2.0), 10)
+    assert forecast.schedule(3.0, 50, 60) is None
+    assert forecast.schedule(3.0, 2, 60) == ((0.5, 1.0, 2.0), 2)
     answer = found("rounds.number=40 rounds.average=8 export.recover_rounds=4")
-    foreseen = forecast.forecast(answer, lambda *_: None, seconds=0.01)
-    assert foreseen.rounds == 5
-    assert len(foreseen.points) == 7
+    monkeypatch.setattr(forecast, "schedule", lambda *_: ((0.5, 1.0), 6))
+    foreseen = forecast.forecast(answer, lambda *_: None)
+    assert (foreseen.rounds, foreseen.planned) == (6, 40)
+    assert [point.epsilon for point in foreseen.points] == [1, 2]
+    monkeypatch.setattr(forecast, "schedule", lambda *_: None)
+    with pytest.raises(Refused, match="--seconds"):
+        forecast.forecast(answer, lambda *_: None)
     short = forecast.shortened(answer.settings, 10)
     assert (short.rounds.number, short.rounds.average, short.export.recover_rounds) == (10, 2, 1)
     whole_noise, short_noise = (
