@@ -112,8 +112,9 @@ def forecast(found: Answer, progress: Callable[[int, int], None], seconds: float
         spent: dict[str, Counter[Mechanism]] = {name: Counter() for name in found.plans}
         nearest = sorted(tried, key=lambda one: abs(math.log(one[0] / settings.privacy.epsilon)))
         for epsilon, short, plans in nearest * REPEATS:
-            if time.monotonic() - began > seconds and all(reached.values()):
-                break  # slower than it looked at first: some epsilons are tried once
+            enough = all(reached.values()) and len(reached[nearest[0][0]]) >= REPEATS
+            if enough and time.monotonic() - began > seconds:
+                break  # slower than it looked at first: the epsilons farther from the target are tried once
             first, journal = first_state(node.template, short), _Unkept(_payable(found, epsilon, short), Counter())
             last = first
             for state, _ in rounds(fleet, found.roster, plans, first, short, journal, lambda _: NOTHING):

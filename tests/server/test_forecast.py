@@ -25,6 +25,10 @@ BASE = (
 )
 
 
+UNHURRIED = 1e6
+"""Seconds: what is tried must not hang on the machine."""
+
+
 def examples(seed: int, size: int = 60) -> Examples:
     x = torch.randn(size, 6, generator=torch.Generator().manual_seed(seed))
     return Examples(x, (x.sum(1) > 0).long())
@@ -46,7 +50,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_more_epsilon_is_more_accurate_and_nothing_is_charged(state: Path) -> None:
     calls: list[tuple[int, int]] = []
-    foreseen = forecast.forecast(found(), lambda done, total: calls.append((done, total)))
+    foreseen = forecast.forecast(found(), lambda done, total: calls.append((done, total)), UNHURRIED)
     assert foreseen.rounds == foreseen.planned == 12
     assert [point.epsilon for point in foreseen.points] == [2 * factor for factor in forecast.FACTORS]
     assert all(len(set(point.accuracies)) in (1, 2) and len(point.accuracies) == 2 for point in foreseen.points)
@@ -59,7 +63,7 @@ def test_more_epsilon_is_more_accurate_and_nothing_is_charged(state: Path) -> No
 
 def test_its_cost_is_that_of_all_its_federations_composed() -> None:
     answer = found("rounds.number=4")
-    foreseen = forecast.forecast(answer, lambda *_: None)
+    foreseen = forecast.forecast(answer, lambda *_: None, UNHURRIED)
     spent: Counter[Mechanism] = Counter()
     for factor in forecast.FACTORS:
         plans = budget.plans(answer.roster, override(answer.settings, f"privacy.epsilon={2 * factor}"))
@@ -69,7 +73,7 @@ def test_its_cost_is_that_of_all_its_federations_composed() -> None:
 
 def test_noise_is_new_each_time() -> None:
     answer = found("rounds.number=4")
-    seen = {tuple(p.accuracies for p in forecast.forecast(answer, lambda *_: None).points) for _ in range(2)}
+    seen = {tuple(p.accuracies for p in forecast.forecast(answer, lambda *_: None, UNHURRIED).points) for _ in range(2)}
     assert len(seen) == 2
 
 
@@ -83,12 +87,12 @@ def test_where_time_is_short_federations_run_fewer_rounds_of_as_much_noise_in_al
     assert forecast.schedule(3.0, 2, 60) == ((0.5, 1.0, 2.0), 2)
     answer = found("rounds.number=40 rounds.average=8 export.recover_rounds=4")
     monkeypatch.setattr(forecast, "schedule", lambda *_: ((0.5, 1.0), 6))
-    foreseen = forecast.forecast(answer, lambda *_: None)
+    foreseen = forecast.forecast(answer, lambda *_: None, UNHURRIED)
     assert (foreseen.rounds, foreseen.planned) == (6, 40)
     assert [point.epsilon for point in foreseen.points] == [1, 2]
-    monkeypatch.setattr(forecast, "schedule", lambda *_: None)
+    monkeypatch.setattr(forecast, "schedule", lambda *_: None, UNHURRIED)
     with pytest.raises(Refused, match="--seconds"):
-        forecast.forecast(answer, lambda *_: None)
+        forecast.forecast(answer, lambda *_: None, UNHURRIED)
     short = forecast.shortened(answer.settings, 10)
     assert (short.rounds.number, short.rounds.average, short.export.recover_rounds) == (10, 2, 1)
     whole_noise, short_noise = (
@@ -104,7 +108,7 @@ def test_where_time_is_short_federations_run_fewer_rounds_of_as_much_noise_in_al
 
 
 def test_epsilons_out_of_reach_are_not_tried() -> None:
-    points = forecast.forecast(found("rounds.number=4 privacy.max_noise=6"), lambda *_: None).points
+    points = forecast.forecast(found("rounds.number=4 privacy.max_noise=6"), lambda *_: None, UNHURRIED).points
     assert 0 < len(points) < 7
     assert 2.0 in [point.epsilon for point in points]
 
