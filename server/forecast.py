@@ -48,9 +48,9 @@ class Point:
         return statistics.fmean(self.accuracies)
 
     @property
-    def spread(self) -> float:
-        """Sample standard deviation of one federation."""
-        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else 0.0
+    def spread(self) -> float | None:
+        """Sample standard deviation of one federation; None of a single one."""
+        return statistics.stdev(self.accuracies) if len(self.accuracies) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,9 @@ def at(points: Sequence[Point], epsilon: float) -> tuple[float | None, float | N
         return None, None
     x, y = [math.log(point.epsilon) for point in points], [point.accuracy for point in points]
     curve = IsotonicRegression(out_of_bounds="clip").fit(x, y)
-    repeated = [point for point in points if len(point.accuracies) > 1]
-    near = [point for point in repeated if epsilon / 2.001 < point.epsilon < epsilon * 2.001] or repeated
-    pooled = math.sqrt(statistics.fmean(point.spread**2 for point in near)) if near else None
+    repeated = [(point.epsilon, point.spread) for point in points if point.spread is not None]
+    near = [spread for at, spread in repeated if epsilon / 2.001 < at < epsilon * 2.001]
+    pooled = math.sqrt(statistics.fmean(spread**2 for spread in near)) if near else None
     return float(curve.predict([math.log(epsilon)])[0]), pooled
 
 

@@ -20,7 +20,7 @@ def write(facts: Facts, path: Path) -> Path:
         line = Series(
             [point["epsilon"] for point in points],
             [point["accuracy"] for point in points],
-            [point["spread"] for point in points],
+            [point["spread"] or 0.0 for point in points],
         )
         curve = figures.curves("Accuracy by ε.", [line], "ε", units.percent, units.number)
     warning = CURVE_WARNING.format(units.epsilon(facts["curve_cost_epsilon"])) if points else ""

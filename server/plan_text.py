@@ -83,10 +83,14 @@ def _plan(facts: Facts) -> Table:
 def _predicted(facts: Facts) -> str:
     if facts["predicted_accuracy"] is None:
         return f"not known: {facts['predicted_accuracy_reason']}"
-    spread = "" if facts["predicted_spread"] is None else f" ± {100 * facts['predicted_spread']:.1f}"
+    spread = _spread(facts["predicted_spread"])
     short = facts["curve_rounds"] < facts["rounds"]
     how = f"federations shortened to {facts['curve_rounds']} rounds" if short else "federations of all rounds"
     return f"{units.percent(facts['predicted_accuracy'])}{spread}, from {how}"
+
+
+def _spread(deviation: float | None) -> str:
+    return "" if deviation is None else f" ± {100 * deviation:.1f}"
 
 
 def _sizes(rows: Sequence[dict[str, Any]]) -> Table:
@@ -142,7 +146,7 @@ def _curve(facts: Facts) -> Table:
     for point in facts["curve"]:
         target = point["epsilon"] == facts["target"]["epsilon"]
         bar = "█" * round(40 * point["accuracy"])
-        text = f"{units.percent(point['accuracy'])} ± {100 * point['spread']:.1f}"
+        text = units.percent(point["accuracy"]) + _spread(point["spread"])
         table.add_row(f"ε {point['epsilon']:.3g}", text, bar, style="bold" if target else "")
     return table
 

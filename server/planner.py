@@ -94,6 +94,8 @@ def answer(scenario: Scenario, settings: Settings, open_epsilon: bool = False, o
     if able >= needed:
         return found
     most = everyone_pays(found, len(found.held)) or everyone_pays(found, needed)
+    if open_epsilon and most:
+        return answer(scenario, override(settings, f"privacy.epsilon={most!r}"))
     nearest = {"epsilon": most, "rounds": None, "noise_multiplier": None}  # fewer rounds of one epsilon cost the same
     return replace(found, reason=_out_of_money(found, able, needed, most), nearest=nearest)
 
