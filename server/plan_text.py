@@ -66,11 +66,12 @@ def _plan(facts: Facts) -> Table:
     whose = "of every client" if one else f"the most; {facts['client']} needs it"
     steps = "1 step" if facts["local_steps"] == 1 else f"{facts['local_steps']} steps"
     count, forecast = facts["clients"]["count"], _predicted(facts)
+    drawn = " on average" if facts["unit"] == "client" and facts["sampling_rate"] < 1 else ""
     return _table(
         [
             ("Noise multiplier", f"{noise}, {whose}"),
             ("Clip", f"{facts['clip']:g}"),
-            ("Cohort", f"{facts['cohort']} of {count} clients a round"),
+            ("Cohort", f"{facts['cohort']} of {count} clients a round{drawn}"),
             ("Rounds", f"{facts['rounds']}{recovery}; at most {facts['most_rounds']:,}"),
             ("Local work", f"{steps} a round, sampling rate {units.number(facts['sampling_rate'])}"),
             ("ε", f"{units.epsilon(facts['epsilon'])} of {facts['target']['epsilon']:g}, worst client"),
