@@ -20,7 +20,7 @@ from server.planner import Answer
 from server.purses import Purse
 
 BASE = (
-    "rounds.number=12 rounds.average=4 local.batch=0 local.rate=4 export.recover_rounds=3 privacy.unit=example "
+    "rounds.number=6 rounds.average=2 local.batch=0 local.rate=4 export.recover_rounds=3 privacy.unit=example "
     "privacy.epsilon=2 privacy.clip=0.5"
 )
 
@@ -51,13 +51,13 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_more_epsilon_is_more_accurate_and_nothing_is_charged(state: Path) -> None:
     calls: list[tuple[int, int]] = []
     foreseen = forecast.forecast(found(), lambda done, total: calls.append((done, total)), UNHURRIED)
-    assert foreseen.rounds == foreseen.planned == 12
+    assert foreseen.rounds == foreseen.planned == 6
     assert [point.epsilon for point in foreseen.points] == [2 * factor for factor in forecast.FACTORS]
     assert all(len(set(point.accuracies)) in (1, 2) and len(point.accuracies) == 2 for point in foreseen.points)
     assert foreseen.points[-1].accuracy > foreseen.points[0].accuracy + 0.05
     assert foreseen.accuracy is not None
     assert foreseen.points[0].accuracy - 0.05 < foreseen.accuracy <= foreseen.points[-1].accuracy + 0.05
-    assert calls[-1] == (2 * 7 * 12, 2 * 7 * 12)
+    assert calls[-1] == (2 * 7 * 6, 2 * 7 * 6)
     assert not state.exists()
 
 
@@ -122,7 +122,7 @@ def test_who_cannot_pay_is_left_out_of_the_forecast_as_it_would_be_of_the_run() 
     assert isinstance(held["a"], Purse)
     payable = forecast._payable(answer, 4.0, answer.settings)
     assert set(payable) == set("abcd")
-    assert all(0 < rounds < 12 for rounds in payable.values())
+    assert all(0 < rounds < 6 for rounds in payable.values())
     assert forecast._payable(answer, 2.0, answer.settings) == {}
 
 
