@@ -82,6 +82,8 @@ def best_of(candidates: Sequence[History], delta: float, repetitions: Repetition
     for history in candidates:
         accountant = rdp_privacy_accountant.RdpAccountant()
         for mechanism, count in history.items():
+            if mechanism.population:
+                raise Refused("RepeatAndSelect is not accounted for cohorts of a fixed number: sample them by Poisson")
             if count > 0 and mechanism.noise_multiplier == 0:
                 return math.inf
             if count > 0:

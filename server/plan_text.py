@@ -13,7 +13,11 @@ from server.plan_facts import Facts, Sought
 from server.search import Trial
 
 MOST_SIZES = 9
-UNITS: dict[str, str] = {"example": "one training example", "client": "one whole client"}
+UNITS: dict[str, str] = {
+    "example": "one training example",
+    "client": "one whole client",
+    "local": "one whole client, also from the server",
+}
 CURVE_WARNING = (
     "The forecast trained on the data it was given and charged no ledger. Made-up or public data lose nothing by that. "
     "On real people's data, settings chosen by it are a search: it would have spent ε {} itself; --no-curve trains on "

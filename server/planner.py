@@ -73,6 +73,11 @@ def answer(scenario: Scenario, settings: Settings, open_epsilon: bool = False, o
             "examples, --set privacy.unit=client whole clients"
         )
     job.check(scenario, settings)
+    if settings.privacy.unit == "both" or select.by_turns(settings):
+        raise Refused(
+            "a plan knows one promise, of which every round costs the same: plan privacy.unit=example and =client one "
+            "after the other in place of both, and leave privacy.bands out"
+        )
     fleet = roster(scenario, settings)
     job.enough(fleet, settings)
     try:
@@ -218,5 +223,5 @@ def _rounded_up(value: float) -> float:
 
 def local_steps(found: Answer, name: str) -> int:
     """Steps of one round of a client."""
-    by_example = found.settings.privacy.unit == "example"
-    return select.local_steps(found.settings.local, found.roster[name].examples, by_example)
+    private = found.settings.privacy.by_example
+    return select.local_steps(found.settings.local, found.roster[name].examples, private)

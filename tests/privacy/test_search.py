@@ -48,6 +48,11 @@ def test_trials_without_noise_cost_infinity_and_no_trial_nothing() -> None:
     assert search.best_of([{}], 1e-5, Repetitions(3)) == 0
 
 
+def test_cohorts_of_a_fixed_number_have_no_account_of_a_winner_alone() -> None:
+    with pytest.raises(Refused, match="fixed number"):
+        search.best_of([{Mechanism(0.1, 2.0, 100): 5}], 1e-5, Repetitions(3))
+
+
 def truncated_negative_binomial(shape: float, gamma: float) -> Callable[[int], float]:
     """P(k), k >= 1, of Papernot and Steinke 2022, Definition 1; the logarithmic law where shape is 0."""
     if shape == 0:

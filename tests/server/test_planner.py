@@ -61,6 +61,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 KINDS = ["", "local.batch=0", "privacy.unit=client", "privacy.unit=client rounds.fraction=0.7 rounds.minimum=0"]
+KINDS += ["privacy.unit=local privacy.epsilon=20", "privacy.unit=client rounds.fraction=0.5 privacy.sampling=fixed"]
 
 
 @pytest.mark.parametrize("text", KINDS)
@@ -134,6 +135,8 @@ def test_without_a_unit_or_with_settings_that_no_run_takes_it_refuses_as_a_run_d
         ("privacy.unit=client rounds.fraction=0.3", "rounds.minimum"),
         ("rounds.minimum=9", "rounds.minimum"),
         ("server.step=none", "step"),
+        ("privacy.unit=both", "one promise"),
+        ("privacy.unit=client privacy.bands=2", "one promise"),
     ):
         with pytest.raises(Refused, match=reason):
             planner.answer(*made(text))
