@@ -11,6 +11,7 @@ import typer
 
 from privacy.refused import Refused
 from server.ledger_cli import ledger_app
+from server.plan_cli import register
 
 app = typer.Typer(
     name="umbel",
@@ -225,6 +226,9 @@ def data_get(
 
         folder = sources.get(name, to, progress, origin or None)
     print(folder)
+
+
+register(app)
 
 
 def main() -> None:

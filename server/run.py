@@ -117,7 +117,7 @@ def prepare(
         fleet = fleet_of(node)
         progress.status("waiting for the clients' first word")
         roster = fleet.hello()
-        _enough(roster, settings)
+        enough(roster, settings)
         check_score(node)
         if settings.privacy.by_example:
             dp_sgd.check_apart(node.template, scenario.loss, *node.federation.validation)
@@ -160,7 +160,7 @@ def check(scenario: Scenario, settings: Settings) -> None:
         cohort_noise.check(model, settings.server.combine, settings.server.normalize)
 
 
-def _enough(roster: Mapping[str, Hello], settings: Settings) -> None:
+def enough(roster: Mapping[str, Hello], settings: Settings) -> None:
     """Refuse rounds that could never be applied."""
     drawn = select.cohort_size(len(roster), settings)
     if not drawn:

@@ -1,0 +1,210 @@
+"""A plan as `umbel plan --json` prints it: every key in every answer, null with a reason where it has no meaning."""
+
+import math
+import shlex
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from privacy import certificate, search
+from privacy.plan import History
+from privacy.search import Repetitions
+from scenarios.settings import Settings, knobs, override
+from server import planner, select
+from server.accounts import ledger_path
+from server.forecast import Forecast
+from server.planner import Answer
+from server.purses import middle, refused
+
+Facts = dict[str, Any]
+_ALWAYS = ("privacy.epsilon", "rounds.number")
+
+
+def collect(reference: str, found: Answer, foreseen: Forecast | str, sought: "Sought | str") -> Facts:
+    """All that is known of a plan. reference: what the user calls the scenario. A forecast, a search, or why none."""
+    settings, privacy = found.settings, found.settings.privacy
+    plan = found.plans[found.binding] if found.plans else None
+    why = None if plan else found.reason
+    sizes = [client.examples for client in found.roster.values()]
+    typical = found.binding if plan else max(found.roster, key=lambda name: found.roster[name].examples)
+    return {
+        "scenario": found.scenario.name,
+        "feasible": found.feasible,
+        "reason": found.reason or None,
+        "nearest": dict(found.nearest) or None,
+        "target": {"epsilon": privacy.epsilon, "rounds": settings.rounds.number, "max_noise": privacy.max_noise},
+        "unit": privacy.unit,
+        "client": typical,
+        "noise_multiplier": plan.mechanism.noise_multiplier if plan else None,
+        "noise_multiplier_reason": why,
+        "clip": privacy.clip,
+        "cohort": select.cohort_size(len(sizes), settings),
+        "rounds": settings.rounds.number,
+        "recover_rounds": settings.export.recover_rounds,
+        "most_rounds": found.most_rounds,
+        "local_steps": planner.local_steps(found, typical),
+        "steps": plan.steps if plan else None,
+        "sampling_rate": plan.mechanism.sampling_rate if plan else None,
+        "epsilon": found.epsilon,
+        "epsilon_reason": why,
+        "delta": plan.delta + plan.chance if plan else None,
+        "clients": {"count": len(sizes), **{f"examples_{key}": size for key, size in middle(sizes).items()}},
+        "per_size": list(_per_size(found)),
+        "spent": _spent(found),
+        **_curve(foreseen),
+        **_search(sought),
+        "command": command(reference, found) if found.feasible else None,
+        "command_reason": found.reason or None,
+    }
+
+
+def command(reference: str, found: Answer) -> str:
+    """The `umbel run` that this plan is of."""
+    wanted, born = found.settings, {name: value for name, value, _ in knobs(found.scenario.settings)}
+    words = [
+        f"{name}={'' if value is None else shlex.quote(_written(value))}"
+        for name, value, _ in knobs(wanted)
+        if not name.startswith("run.") and (value != born[name] or name in _ALWAYS)
+    ]
+    flags = {"--seed": str(wanted.run.seed or ""), "--data": wanted.run.data, "--state": wanted.run.state}
+    given = [word for flag, value in flags.items() if value for word in (flag, value)]
+    return f'umbel run {shlex.join([reference, *given])} --set "{" ".join(words)}"'
+
+
+def _written(value: Any) -> str:
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+class Sought:
+    """What a search of `trials` runs costs, the candidates' histories known by client."""
+
+    def __init__(self, trials: float, distribution: str, answers: Sequence[Answer]) -> None:
+        """trials: on average, of a secret search; of one that shows all of them, so many, rounded up."""
+        self.trials, self.distribution, self.count = trials, distribution, len(answers)
+        self.repetitions, number = Repetitions.named(distribution, trials), -int(-trials // 1)
+        clients = sorted(answers[0].plans)
+        alike: dict[object, tuple[float, float]] = {}
+        for name in clients:
+            plans = [answer.plans[name] for answer in answers]
+            key = tuple((plan.mechanism, plan.steps, plan.delta) for plan in plans)
+            if key in alike:
+                continue
+            histories: list[History] = [{plan.mechanism: plan.steps} for plan in plans]
+            delta = min(plan.delta + plan.chance for plan in plans)
+            chance = max(plan.chance for plan in plans)
+            costliest = sorted(
+                (histories[i % len(histories)] for i in range(max(number, len(histories)))),
+                key=lambda history: -search.composed([history], delta),
+            )[:number]
+            after = delta - number * chance, delta - trials * chance  # every trial may draw too few clients
+            alike[key] = (
+                search.composed(costliest, after[0]) if after[0] > 0 else math.inf,
+                search.best_of(histories, after[1], self.repetitions) if after[1] > 0 else math.inf,
+            )
+        self.composition, self.selection = (max(values) for values in zip(*alike.values(), strict=True))
+
+
+def _per_size(found: Answer) -> list[Facts]:
+    """One row for each size of a client, smallest first; of clients of one size that differ, the costliest."""
+    groups: dict[int, list[str]] = defaultdict(list)
+    for name, client in found.roster.items():
+        groups[client.examples].append(name)
+    first = {size: names[0] for size, names in groups.items() if names[0] in found.plans}
+    plans = [found.plans[name] for name in first.values()]
+    costs = certificate.certify_all([({plan.mechanism: plan.steps}, plan.delta) for plan in plans])
+    epsilon = dict(zip(first, (cost.epsilon for cost in costs), strict=True))
+    rows = []
+    for size, names in sorted(groups.items()):
+        plan = found.plans.get(names[0])
+        held = [found.held[name] for name in names if name in found.held]
+        rows.append(
+            {
+                "examples": size,
+                "clients": len(names),
+                "local_steps": planner.local_steps(found, names[0]) if size else 0,
+                "sampling_rate": plan.mechanism.sampling_rate if plan else None,
+                "noise_multiplier": plan.mechanism.noise_multiplier if plan else None,
+                "delta": plan.delta + plan.chance if plan else None,
+                "epsilon": epsilon.get(size),
+                "spent": max((purse.spent for purse in held), default=None),
+                "epsilon_total": max((purse.after for purse in held), default=None),
+            }
+        )
+    return rows
+
+
+def _spent(found: Answer) -> Facts:
+    """What the clients spent so far, what they will have spent, and who cannot pay for every round."""
+    if not found.held:
+        reason = found.reason or "a run with privacy.noise_seed promises nothing and charges no ledger"
+        empty = dict.fromkeys(("min", "median", "max"))
+        return {
+            **empty,
+            "epsilon_total": None,
+            "refused": [],
+            "affordable_epsilon": None,
+            "ledger": None,
+            "reason": reason,
+        }
+    held = list(found.held.values())
+    cannot = refused(found.held)
+    return {
+        **middle([purse.spent for purse in held]),
+        "epsilon_total": middle([purse.after for purse in held]),
+        "refused": [
+            {
+                "client": purse.client,
+                "examples": found.roster[purse.client].examples,
+                "spent": purse.spent,
+                "budget": purse.budget,
+                "left": purse.left,
+                "rounds": purse.rounds,
+                "of": purse.of,
+            }
+            for purse in cannot
+        ],
+        "affordable_epsilon": planner.everyone_pays(found, len(held)) if cannot else None,
+        "ledger": str(ledger_path(found.scenario, found.settings, "embedded")),
+        "reason": None,
+    }
+
+
+def _curve(foreseen: Forecast | str) -> Facts:
+    if isinstance(foreseen, str):
+        none = dict.fromkeys(("predicted_accuracy", "predicted_spread", "curve_rounds", "curve_cost_epsilon"))
+        return {**none, "predicted_accuracy_reason": foreseen, "curve": [], "curve_reason": foreseen}
+    return {
+        "predicted_accuracy": foreseen.accuracy,
+        "predicted_spread": foreseen.spread,
+        "predicted_accuracy_reason": foreseen.reason or None,
+        "curve": [
+            {"epsilon": point.epsilon, "accuracy": point.accuracy, "spread": point.spread} for point in foreseen.points
+        ],
+        "curve_rounds": foreseen.rounds,
+        "curve_cost_epsilon": foreseen.cost,
+        "curve_reason": foreseen.reason or None,
+    }
+
+
+def _search(sought: Sought | str) -> Facts:
+    if isinstance(sought, str):
+        return {"search": None, "search_reason": sought}
+    return {
+        "search": {
+            "trials": sought.trials,
+            "candidates": sought.count,
+            "distribution": sought.distribution,
+            "composition_epsilon": _finite(sought.composition),
+            "repeat_and_select_epsilon": _finite(sought.selection),
+        },
+        "search_reason": None,
+    }
+
+
+def _finite(epsilon: float) -> float | None:
+    return epsilon if math.isfinite(epsilon) else None
+
+
+def candidates(settings: Settings, text: str) -> list[Settings]:
+    """The settings of every candidate of "privacy.clip=0.2 | privacy.clip=0.35"; those given where there is none."""
+    return [override(settings, part) for part in text.split("|")] if text.strip() else [settings]

@@ -1,0 +1,231 @@
+"""A plan for people: in the terminal, in words, small tables and bars."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from server import results, units
+from server.plan_facts import Facts, Sought
+from server.search import Trial
+
+MOST_SIZES = 9
+UNITS: dict[str, str] = {
+    "example": "one training example",
+    "client": "one whole client",
+    "local": "one whole client, also from the server",
+}
+CURVE_WARNING = (
+    "The forecast trained on the data it was given and charged no ledger. Made-up or public data lose nothing by that. "
+    "On real people's data, settings chosen by it are a search: it would have spent ε {} itself; --no-curve trains on "
+    "nothing."
+)
+VALIDATION = "The best is chosen by the server's own validation data, which no client's promise covers."
+CONDITIONS = (
+    "The claim holds for whoever sees this model and its report and nothing else: not the ledger, start.json or "
+    "checkpoint.safetensors, which tell how many trials there were, nor how long they took. The server sees every "
+    "trial, and with privacy.unit=example so does the network; towards them the ledger's sum is what holds."
+)
+SEARCH_TERMS = (
+    "The second may be claimed only where the number of trials is drawn in secret and nobody ever sees more than the "
+    "winner (umbel search --secret); in every other case the first."
+)
+
+
+def show(facts: Facts, console: Console | None = None) -> None:
+    """Prints an answer on stdout."""
+    out = console or Console(highlight=False)
+    unit = UNITS.get(facts["unit"], facts["unit"])
+    out.print()
+    out.print(Text.assemble((facts["scenario"], "bold"), (f"  a plan; what is protected: {unit}", "dim")))
+    _part(out, "Plan", _plan(facts))
+    if len(facts["per_size"]) > 1:
+        _part(out, "Clients by size", _sizes(facts["per_size"]))
+    if facts["spent"]["ledger"]:
+        _part(out, "Ledger", _ledger(facts["spent"]))
+    if facts["curve"]:
+        _part(out, "Accuracy", _curve(facts))
+        cost = units.epsilon(facts["curve_cost_epsilon"])
+        out.print(Padding(Text(CURVE_WARNING.format(cost), style="dim"), (0, 2)))
+    if sought := facts["search"]:
+        _part(out, "Search", _search(sought))
+        out.print(Padding(Text(SEARCH_TERMS, style="dim"), (0, 2)))
+    out.print()
+    out.print(Text("Run it  ", style="bold"), Text(facts["command"]), sep="", soft_wrap=True)
+
+
+def _part(out: Console, title: str, body: Table) -> None:
+    out.print()
+    out.print(Text(title, style="bold"))
+    out.print(body)
+
+
+def _plan(facts: Facts) -> Table:
+    recovery = f", and {facts['recover_rounds']} of recovery" if facts["recover_rounds"] else ""
+    noise = units.number(facts["noise_multiplier"])
+    one = len({row["noise_multiplier"] for row in facts["per_size"]}) == 1
+    whose = "of every client" if one else f"the most; {facts['client']} needs it"
+    steps = "1 step" if facts["local_steps"] == 1 else f"{facts['local_steps']} steps"
+    count, forecast = facts["clients"]["count"], _predicted(facts)
+    drawn = " on average" if facts["unit"] == "client" and facts["sampling_rate"] < 1 else ""
+    return _table(
+        [
+            ("Noise multiplier", f"{noise}, {whose}"),
+            ("Clip", f"{facts['clip']:g}"),
+            ("Cohort", f"{facts['cohort']} of {count} clients a round{drawn}"),
+            ("Rounds", f"{facts['rounds']}{recovery}; at most {facts['most_rounds']:,}"),
+            ("Local work", f"{steps} a round, sampling rate {units.number(facts['sampling_rate'])}"),
+            ("ε", f"{units.epsilon(facts['epsilon'])} of {facts['target']['epsilon']:g}, worst client"),
+            ("δ", units.scientific(facts["delta"])),
+            ("Predicted accuracy", forecast),
+        ]
+    )
+
+
+def _predicted(facts: Facts) -> str:
+    if facts["predicted_accuracy"] is None:
+        return f"not known: {facts['predicted_accuracy_reason']}"
+    spread = _spread(facts["predicted_spread"])
+    short = facts["curve_rounds"] < facts["rounds"]
+    how = f"federations shortened to {facts['curve_rounds']} rounds" if short else "federations of all rounds"
+    return f"{units.percent(facts['predicted_accuracy'])}{spread}, from {how}"
+
+
+def _spread(deviation: float | None) -> str:
+    return "" if deviation is None else f" ± {100 * deviation:.1f}"
+
+
+def _sizes(rows: Sequence[dict[str, Any]]) -> Table:
+    """The smallest, the largest and some between; all of them in --json."""
+    last = len(rows) - 1
+    shown = (
+        sorted({round(i * last / (MOST_SIZES - 1)) for i in range(MOST_SIZES)})
+        if last >= MOST_SIZES
+        else range(last + 1)
+    )
+    columns = ("examples", "clients", "rate", "noise", "δ", "ε before", "ε run", "ε after")
+    table = Table(box=None, padding=(0, 1, 0, 1), header_style="dim")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in (rows[i] for i in shown):
+        table.add_row(
+            units.number(row["examples"]),
+            units.number(row["clients"]),
+            units.number(row["sampling_rate"]),
+            units.number(row["noise_multiplier"]),
+            units.scientific(row["delta"]),
+            *(_epsilon(row[key]) for key in ("spent", "epsilon", "epsilon_total")),
+        )
+    return table
+
+
+def _ledger(spent: Facts) -> Table:
+    def three(of: dict[str, float]) -> str:
+        return " / ".join(_epsilon(of[key]) for key in ("min", "median", "max"))
+
+    rows = [
+        ("Spent so far", f"ε {three(spent)} (least, median, most)"),
+        ("After this run", f"ε {three(spent['epsilon_total'])}"),
+    ]
+    if out := spent["refused"]:
+        ways = spent["affordable_epsilon"]
+        rows += [(f"{one['client']} cannot pay", _short_of(one)) for one in out[:MOST_SIZES]]
+        rows += [("", f"and {len(out) - MOST_SIZES} more")] if len(out) > MOST_SIZES else []
+        rows.append(("Everyone can pay", f"at ε {ways:g}" if ways else "at no ε: someone has nothing left"))
+    else:
+        rows.append(("Who cannot pay", "nobody"))
+    return _table([*rows, ("File", spent["ledger"])])
+
+
+def _short_of(one: Facts) -> str:
+    return f"ε {one['left']:.3g} of {one['budget']:g} left: {one['rounds']} of {one['of']} rounds"
+
+
+def _curve(facts: Facts) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    for justify in ("right", "right", "left"):
+        table.add_column(justify=justify, no_wrap=True)
+    for point in facts["curve"]:
+        target = point["epsilon"] == facts["target"]["epsilon"]
+        bar = "█" * round(40 * point["accuracy"])
+        text = units.percent(point["accuracy"]) + _spread(point["spread"])
+        table.add_row(f"ε {point['epsilon']:.3g}", text, bar, style="bold" if target else "")
+    return table
+
+
+def _search(sought: Facts) -> Table:
+    trials = f"{sought['trials']:g} trials" + (
+        f" of {sought['candidates']} settings" if sought["candidates"] > 1 else ""
+    )
+    return _table(
+        [
+            (f"All of {trials} seen", f"ε {units.epsilon(sought['composition_epsilon'])} by plain composition"),
+            (
+                "The winner alone",
+                f"ε {units.epsilon(sought['repeat_and_select_epsilon'])} by RepeatAndSelect, "
+                f"{sought['trials']:g} on average ({sought['distribution']})",
+            ),
+        ]
+    )
+
+
+def _epsilon(value: float | None) -> str:
+    return "0" if value == 0 else units.epsilon(value)
+
+
+def trials(texts: Sequence[str], done: Sequence[Trial], sought: Sought, console: Console | None = None) -> None:
+    """Prints every trial of a search that shows all of them, the best one by name, and what they cost together."""
+    out, best = console or Console(highlight=False), max(done, key=lambda trial: trial.validation)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("", "settings", "validation", "accuracy", "ε", "run"):
+        table.add_column(name, overflow="fold")
+    for trial in done:
+        report = results.load(trial.folder)
+        table.add_row(
+            "✓" if trial is best else "",
+            Text(texts[trial.candidate].strip()),
+            units.percent(trial.validation),
+            units.percent(report["final"]["accuracy"]),
+            units.epsilon(report["privacy"]["worst_epsilon"]),
+            Text(str(trial.folder)),
+            style="green" if trial is best else "",
+        )
+    totals = [client["epsilon_total"] for client in report["privacy"]["clients"]]
+    out.print()
+    out.print(table)
+    out.print()
+    rows = [
+        ("Best on validation data", f"{texts[best.candidate].strip()} ({best.folder})"),
+        ("These trials cost", f"ε {units.epsilon(sought.composition)} by plain composition, worst client"),
+    ]
+    if totals and None not in totals:
+        rows.append(("Spent over the ledger", f"ε {units.epsilon(max(totals))}, worst client"))
+    out.print(_table(rows))
+    out.print(Padding(Text(VALIDATION, style="dim"), (0, 2)))
+
+
+def winner(text: str, best: Trial, sought: Sought, console: Console | None = None) -> None:
+    """Prints what a secret search may say: the winner, and what may be claimed of it."""
+    out = console or Console(highlight=False)
+    of = f"{sought.trials:g} trials on average ({sought.distribution})"
+    rows = [
+        ("Winner", f"{text.strip()}, {units.percent(best.validation)} on validation data"),
+        ("Claim for it alone", f"ε {units.epsilon(sought.selection)} by RepeatAndSelect, {of}"),
+        ("Charged to the ledger", "every trial, by plain composition"),
+    ]
+    out.print()
+    out.print(Text("Search", style="bold"))
+    out.print(_table(rows))
+    out.print(Padding(Text(f"{CONDITIONS} {VALIDATION}", style="dim"), (0, 2)))
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    table.add_column(min_width=24, no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(units.printable(name)), Text(units.printable(value)))
+    return table
