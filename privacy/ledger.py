@@ -74,9 +74,7 @@ class Ledger:
                     )
                 known = self.accounts.get(account)
                 if known is not None:
-                    self._same(account, "budget", known.budget, budget)
-                    self._same(account, "window", known.window, window)
-                    terms = (known.budget or budget, known.delta, known.window or window)
+                    terms = self.terms(account, budget, window)
                     if (known.budget, known.delta, known.window) == terms:
                         continue
                     budget, delta, limit = terms
@@ -172,13 +170,19 @@ class Ledger:
         self.read()
         return self.chain.holds(head) or head in self._adopted
 
-    def _same(self, account: Account, what: str, known: float | Window | None, asked: float | Window | None) -> None:
-        if None not in (known, asked) and known != asked:
-            shown = f"{known.epsilon:g} in {known.days:g} days" if isinstance(known, Window) else f"{known:g}"
-            raise Refused(
-                f"the account of client {account.client} on {account.dataset} was opened with a {what} of {shown} "
-                f"({self.path}) and keeps it: ask for the same {what}, or for none"
-            )
+    def terms(
+        self, account: Account, budget: float | None, window: Window | None
+    ) -> tuple[float | None, float, Window | None]:
+        """(budget, delta, window) of an open account once it is asked for these. Raises Refused for others than its."""
+        known = self.accounts[account]
+        for what, has, asked in (("budget", known.budget, budget), ("window", known.window, window)):
+            if None not in (has, asked) and has != asked:
+                shown = f"{has.epsilon:g} in {has.days:g} days" if isinstance(has, Window) else f"{has:g}"
+                raise Refused(
+                    f"the account of client {account.client} on {account.dataset} was opened with a {what} of {shown} "
+                    f"({self.path}) and keeps it: ask for the same {what}, or for none"
+                )
+        return known.budget or budget, known.delta, known.window or window
 
     def _heads(self, seen: Mapping[Account, Head]) -> list[dict[str, Any]]:
         return [

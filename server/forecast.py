@@ -23,9 +23,10 @@ from scenarios.settings import Settings, override
 from server import budget, planner
 from server.embedded import EmbeddedFleet
 from server.planner import Answer
+from server.references import NoJournal
 from server.rounds import Fleet, rounds
 from server.score import NOTHING, scorer
-from server.state import Row, ServerState, final_weights, first_state
+from server.state import final_weights, first_state
 
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
 """Epsilons that are tried, in units of the target."""
@@ -73,7 +74,7 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class _Unkept:
+class _Unkept(NoJournal):
     """A journal (server.rounds) that keeps nothing, and leaves out whom the ledger would refuse."""
 
     payable: Mapping[str, int]
@@ -84,9 +85,6 @@ class _Unkept:
         out = {name: "ledger" for name in steps if self.asked[name] >= self.payable.get(name, number)}
         self.asked.update(steps.keys() - out.keys())
         return out
-
-    def commit(self, state: ServerState, row: Row, taken: Mapping[str, int]) -> None:
-        """Nothing is kept."""
 
 
 def forecast(found: Answer, progress: Callable[[int, int], None], seconds: float = SECONDS) -> Forecast:

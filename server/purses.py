@@ -13,7 +13,6 @@ from pathlib import Path
 from privacy import accounting
 from privacy.ledger import Account, Ledger
 from privacy.plan import History, Plan
-from privacy.refused import Refused
 from scenarios import Scenario
 from scenarios.settings import Settings
 
@@ -62,13 +61,8 @@ def purses(
         history: History = Counter()
         delta, budget = plan.delta, settings.privacy.budget
         if (standing := ledger.accounts.get(account)) is not None:
-            history, delta = +standing.history, standing.delta
-            if budget is not None and standing.budget not in (None, budget):
-                raise Refused(
-                    f"the account of client {name} on {account.dataset} was opened with a budget of "
-                    f"{standing.budget:g} ({path}) and keeps it: set privacy.budget={standing.budget:g} or omit it"
-                )
-            budget = budget if standing.budget is None else standing.budget
+            history = +standing.history
+            budget, delta, _ = ledger.terms(account, budget, None)
         key = frozenset(history.items()), plan.mechanism, plan.steps, delta, budget
         if key not in known:
             rounds = _payable(history, plan, delta, budget, total)

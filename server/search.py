@@ -100,7 +100,9 @@ def _withhold(folder: Path) -> None:
     """What in a winner's report adds up over all trials, and so would tell their number, becomes null."""
     whole = results.load(folder)
     for client in whole["privacy"]["clients"]:
-        client.update(epsilon_total=None, delta_total=None)
+        for account in (client, client.get("whole"), client.get("tests")):
+            if account:
+                account.update(epsilon_total=None, delta_total=None)
     if "ledger" in whole["privacy"]:
         whole["privacy"]["ledger"].update(sequence=None, hash=None, reason=UNTOLD)
     with RunFolder.open(folder) as opened:

@@ -50,9 +50,11 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_more_epsilon_is_more_accurate_and_nothing_is_charged(state: Path) -> None:
     calls: list[tuple[int, int]] = []
-    foreseen = forecast.forecast(found(), lambda done, total: calls.append((done, total)), UNHURRIED)
+    foreseen = forecast.forecast(
+        found("privacy.epsilon=0.4"), lambda done, total: calls.append((done, total)), UNHURRIED
+    )
     assert foreseen.rounds == foreseen.planned == 6
-    assert [point.epsilon for point in foreseen.points] == [2 * factor for factor in forecast.FACTORS]
+    assert [point.epsilon for point in foreseen.points] == [0.4 * factor for factor in forecast.FACTORS]
     assert all(len(set(point.accuracies)) in (1, 2) and len(point.accuracies) == 2 for point in foreseen.points)
     assert foreseen.points[-1].accuracy > foreseen.points[0].accuracy + 0.05
     assert foreseen.accuracy is not None
