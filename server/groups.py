@@ -250,7 +250,9 @@ class Hazard(Closed):
 
 class Interpretation(Group):
     posterior: Share | None = meaning("from a prior of one half, an observer's belief that a unit was there, at most")
-    tpr_at_1_percent_fpr: Share | None = meaning("most true positives of any membership test with 1 % false ones")
+    tpr_at_1_percent_fpr: Share | None = meaning(
+        "most true positives of any membership test against any client, with 1 % false ones"
+    )
     sentence: str = meaning("what it means, in plain words")
     hazards: list[Hazard] = meaning("the checklist: pass, fail or unknown, each with its reason")
 
