@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from privacy.ledger import Ledger
+from privacy.ledger import Account, Ledger
+from privacy.plan import Mechanism
 
 Record = dict[str, Any]
 
@@ -16,7 +17,7 @@ class Beside(NamedTuple):
     other_runs: int | None
     """Runs other than this one that reserved anything on its accounts before its report."""
     lost_rounds: int | None
-    """Rounds of this run that were reserved and neither committed nor void, and then begun anew."""
+    """Rounds of this run that were reserved and of which nothing was committed: cut off, or no reply was good."""
 
 
 def beside(path: str | None, run: str | None, sequence: int) -> Beside:
@@ -33,15 +34,31 @@ def beside(path: str | None, run: str | None, sequence: int) -> Beside:
 
 
 def _lost(records: Sequence[Record], run: str) -> int:
-    """A round that was begun anew has a later attempt; what was lost are the attempts before, unless they were void."""
-    of_run = [record for record in records if record.get("run") == run]
-    tries = {(record["round"], record["attempt"]) for record in of_run if record["kind"] == "RESERVE"}
-    void = Counter((record["round"], record["attempt"]) for record in of_run if record["kind"] == "VOID")
-    kept = Counter((record["round"], record["attempt"]) for record in of_run if record["kind"] == "RESERVE")
-    last: dict[int, int] = {}
-    for number, attempt in tries:
-        last[number] = max(attempt, last.get(number, 0))
-    return sum(attempt < last[number] and void[number, attempt] < kept[number, attempt] for number, attempt in tries)
+    """A round's clients are committed together: an attempt of which none was, nor all made void, was cut off."""
+    kinds: dict[tuple[int, int], Counter[str]] = {}
+    for record in records:
+        if record.get("run") == run:
+            kinds.setdefault((record["round"], record["attempt"]), Counter())[record["kind"]] += 1
+    return sum(not found["COMMIT"] and found["VOID"] < found["RESERVE"] for found in kinds.values())
+
+
+def histories(records: Sequence[Record]) -> dict[Account, Counter[Mechanism]]:
+    """What every account had spent after these records: each reservation in full, or what settled it says."""
+    accounts: dict[int, Account] = {}
+    spent: dict[tuple[Any, ...], tuple[Mechanism, int]] = {}
+    for sequence, record in enumerate(records, 1):
+        if record["kind"] == "OPEN":
+            accounts[sequence] = Account(record["unit"], record["client"], record["dataset"])
+            continue
+        key = record["account"], record["run"], record["round"], record["attempt"]
+        if record["kind"] == "RESERVE":
+            spent[key] = Mechanism(*record["mechanism"]), record["steps"]
+        elif key in spent:
+            spent[key] = spent[key][0], record.get("steps", 0)
+    found: dict[Account, Counter[Mechanism]] = {}
+    for (number, *_), (mechanism, steps) in spent.items():
+        found.setdefault(accounts[number], Counter())[mechanism] += steps
+    return found
 
 
 def refusals(rows: Sequence[Record]) -> list[Record]:

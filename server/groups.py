@@ -94,7 +94,7 @@ class Steps(Group):
     actual: Spread | None = meaning("steps that may have been released, over clients")
     histogram: Histogram | None = meaning("clients by actual steps")
     rounds: Count = meaning("committed rounds, recovery included")
-    lost_rounds: Count | None = meaning("rounds reserved and never committed; they count as spent")
+    lost_rounds: Count | None = meaning("rounds reserved of which nothing was committed; they count as spent")
     lost_rounds_reason: str | None = None
 
 

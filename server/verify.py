@@ -6,16 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from privacy import recompute
+from privacy import accounting
 from privacy.chain import Head
-from privacy.ledger import Ledger
+from privacy.ledger import Account, Ledger
 from privacy.refused import Refused
-from server import outcome, provenance, schema, signature
+from server import composition, outcome, provenance, schema, signature
 from server.arithmetic import errors
 from server.results import load_rounds
 
 _MOST_LINES = 30
-_MOST_ACCOUNTS = 64
 
 
 class Verdict(NamedTuple):
@@ -151,21 +150,16 @@ def _ledger(report: Mapping[str, Any], _: Path, wrong: list[str], held: list[str
         except Refused as error:
             yield str(error)
             return
-        identity, names = report["statement"]["identity"], {client["name"] for client in report["privacy"]["clients"]}
-        if len(names) > _MOST_ACCOUNTS:
-            open_.append(f"epsilon_total of {len(names)} clients: {report['statement']['reproduction']['recompute']}")
-            return
-        rows = recompute.accounts((known.records or [])[: ledger["sequence"]])
-        totals = {row["client"]: row for row in rows if row["dataset"] == identity["dataset"]}
+        unit, dataset = report["privacy"]["unit"], report["statement"]["identity"]["dataset"]
+        spent = composition.histories((known.records or [])[: ledger["sequence"]])
         for client in report["privacy"]["clients"]:
-            row = totals.get(client["name"])
-            if row is None or client["epsilon_total"] is None:
+            account = Account(unit, client["name"], dataset)
+            if account not in known.accounts or client["epsilon_total"] is None:
                 yield f"it has no account of client {client['name']}"
-            elif not math.isclose(row["epsilon"], client["epsilon_total"], rel_tol=2e-3, abs_tol=1e-6):
-                yield (
-                    f"client {client['name']} had spent epsilon {row['epsilon']:.6g} in all, "
-                    f"epsilon_total says {client['epsilon_total']:.6g}"
-                )
+                continue
+            epsilon = accounting.epsilon(spent.get(account, {}), known.accounts[account].delta)
+            if not math.isclose(epsilon, client["epsilon_total"], rel_tol=1e-6, abs_tol=1e-9):
+                yield f"client {client['name']} had spent {epsilon}, epsilon_total says {client['epsilon_total']}"
 
     _say("ledger", found(), wrong, held)
 

@@ -20,15 +20,15 @@ from server.record import RunFolder
 
 WriteRun = Callable[..., Path]
 RealRun = Callable[[str], Path]
-SIZES = {f"site-{i:02}": 20 + i for i in range(12)}
+SIZES = {f"site-{i:02}": 24 + 3 * i for i in range(6)}
 REAL = {
     "none": "privacy.unit=none",
-    "example": "local.batch=0",
-    "sampled": "local.batch=5",
+    "example": "local.batch=0 export.prune=0.5 export.recover_rounds=1",
+    "sampled": "local.batch=12 privacy.epsilon=1.5",
     "seeded": "local.batch=0 privacy.noise_seed=3",
-    "client": "privacy.unit=client privacy.epsilon=20",
-    "secret": "privacy.unit=client privacy.epsilon=20 rounds.fraction=0.8 rounds.minimum=1",
-    "adaptive": "privacy.unit=client privacy.epsilon=20 privacy.adapt=true",
+    "client": "privacy.unit=client privacy.epsilon=9",
+    "secret": "privacy.unit=client privacy.epsilon=9 rounds.fraction=0.8 rounds.minimum=1",
+    "adaptive": "privacy.unit=client privacy.epsilon=9 privacy.adapt=true",
 }
 """Settings of short real runs, one of every kind of statement."""
 
@@ -42,7 +42,7 @@ def real_scenario() -> Scenario:
         return Examples(x, (x.sum(1) > 0).long())
 
     net = {"net": lambda: nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 2))}
-    base = "rounds.number=3 local.rate=0.5 reference.no_privacy=false export.recover_rounds=1 privacy.unit=example"
+    base = "rounds.number=3 local.rate=0.5 reference.no_privacy=false export.prune=0 privacy.unit=example"
     federation = Federation(SIZES, examples, examples("validation"), examples("test"))
     return Scenario("made", override(Settings(), base), net, lambda _: federation, name="made")
 
