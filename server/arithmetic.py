@@ -5,9 +5,10 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from privacy import certificate, dp_sgd
+from privacy import accounting, certificate, dp_sgd
 from privacy.plan import Mechanism
-from server import guarantee, provenance
+from scenarios.settings import Local
+from server import guarantee, provenance, select
 from server.hazards import hazards
 
 Report = Mapping[str, Any]
@@ -17,11 +18,24 @@ _KNOWN = ("full", "Poisson")
 
 def errors(report: Report) -> Iterator[str]:
     """Lines about figures that do not follow, for a report that fits the schema."""
-    yield from _accounts(report)
+    if impossible := list(_impossible(report)):
+        yield from impossible
+        return
     yield from _summary(report)
     yield from _copies(report)
     yield from _plan(report)
     yield from _derived(report)
+    yield from _accounts(report)  # last: it takes seconds where steps are over samples
+
+
+def _impossible(report: Report) -> Iterator[str]:
+    """Figures that no accountant could be asked about."""
+    chance = report["statement"]["delta"]["chance"] or 0.0
+    for client in report["privacy"]["clients"]:
+        if not 0 < client["delta"] - chance < 1:
+            yield f"client {client['name']}: of delta {client['delta']} a chance of {chance} leaves none for the steps"
+        if not (client["sampling_rate"] > 0 and client["noise_multiplier"] > 0):
+            yield f"client {client['name']}: sampling_rate and noise_multiplier must be above 0"
 
 
 def _accounts(report: Report) -> Iterator[str]:
@@ -33,9 +47,6 @@ def _accounts(report: Report) -> Iterator[str]:
     if clients and not kind.startswith(_KNOWN):
         return  # another sampling has another account, which this check does not know
     chance = stated["delta"]["chance"] or 0.0
-    if not all(0 < client["delta"] - chance < 1 for client in clients):
-        yield "statement.delta.chance leaves no delta for the steps"
-        return
     same = report["versions"].get("dp-accounting") == stated["epsilon"]["accountant_version"]
     accounts = [({_mechanism(client): client["steps"]}, client["delta"] - chance) for client in clients]
     for client, history, certified in zip(clients, accounts, certificate.certify_all(accounts), strict=True):
@@ -117,6 +128,8 @@ def _copies(report: Report) -> Iterator[str]:
         ]
     chosen = [variant["accuracy"] for variant in report["edge"]["variants"] if variant["chosen"]]
     pairs.append(("edge.accuracy", report["edge"]["accuracy"], chosen[0] if chosen else None))
+    drawn = max(1, round(settings["rounds.fraction"] * report["fleet"]["clients"]))
+    pairs.append(("statement.sampling.planned_cohort", stated["sampling"]["planned_cohort"], drawn))
     for name, here, there in pairs:
         if here != there:
             yield f"{name} is {here!r}, elsewhere it is {there!r}"
@@ -136,13 +149,12 @@ def _plan(report: Report) -> Iterator[str]:
     worst = guarantee.costliest(clients)
     if worst is None or planned is None:
         return
-    lost = stated["steps"]["lost_rounds"]
+    if most := _planned(report):
+        yield from _compared("statement.steps.planned", planned, guarantee.spread(most))
     if max(client["steps"] for client in clients) > planned["most"]:
         yield f"a client took more steps than the most that were planned, {planned['most']:g}"
-    if not planned["least"] <= planned["median"] <= planned["most"]:
-        yield "statement.steps.planned is not in order"
-    if lost is not None and lost > ((report["privacy"]["ledger"]["sequence"]) or 0):
-        yield "statement.steps.lost_rounds is more than the ledger's records"
+    if report["privacy"]["unit"] == "example":
+        yield from _by_examples(report)
     for key, value in (
         ("noise_multiplier", worst["noise_multiplier"]),
         ("sampling_rate", worst["sampling_rate"]),
@@ -157,6 +169,30 @@ def _plan(report: Report) -> Iterator[str]:
         for key, value in mechanism["noise_multiplier"].items():
             if not _same(mechanism["noise_std"][key], value * mechanism["clip"]):
                 yield f"statement.mechanism.noise_std.{key} is not the noise multiplier times the clipping norm"
+
+
+def _planned(report: Report) -> list[int]:
+    """The most steps of each client, from the settings; empty for a unit that this check does not know."""
+    settings, clients = report["settings"], report["privacy"]["clients"]
+    total = settings["rounds.number"] + settings["export.recover_rounds"]
+    if report["privacy"]["unit"] == "client":
+        return [total] * len(clients)
+    local = Local(**{name.removeprefix("local."): v for name, v in settings.items() if name.startswith("local.")})
+    if report["privacy"]["unit"] == "example":
+        return [total * select.local_steps(local, client["examples"], True) for client in clients]
+    return []
+
+
+def _by_examples(report: Report) -> Iterator[str]:
+    """privacy.unit=example: each client's delta and sampling rate come from its number of examples."""
+    settings = report["settings"]
+    for client in report["privacy"]["clients"]:
+        n, batch = client["examples"], settings["local.batch"]
+        delta = settings["privacy.delta"] or accounting.default_delta(n)
+        if not _same(client["delta"], delta):
+            yield f"client {client['name']}: delta is {client['delta']}, {n} examples give {delta}"
+        if not _same(client["sampling_rate"], min(1.0, batch / n) if batch else 1.0):
+            yield f"client {client['name']}: sampling_rate is {client['sampling_rate']}, it has {n} examples"
 
 
 def _derived(report: Report) -> Iterator[str]:

@@ -48,7 +48,15 @@ def check(path: Path, verify_key: Path | None = None) -> Verdict:
     else:
         held.append("schema")
         _say("digest", _digest(report), wrong, held)
-        _say("arithmetic", errors(report), wrong, held)
+        try:
+            _say("arithmetic", errors(report), wrong, held)
+        except (
+            ArithmeticError,
+            ValueError,
+            LookupError,
+            TypeError,
+        ) as error:  # a rate of 0, settings that are not ours
+            wrong.append(f"arithmetic: no run has such figures or settings ({type(error).__name__})")
         for part in (_files, _rounds, _audit, _ledger):
             part(report, path.parent, wrong, held, open_)
     _signature(report, path, content, wanted, wrong, held, open_)
@@ -150,16 +158,29 @@ def _ledger(report: Mapping[str, Any], _: Path, wrong: list[str], held: list[str
         except Refused as error:
             yield str(error)
             return
-        unit, dataset = report["privacy"]["unit"], report["statement"]["identity"]["dataset"]
+        stated = report["statement"]
+        unit, dataset = report["privacy"]["unit"], stated["identity"]["dataset"]
         spent = composition.histories((known.records or [])[: ledger["sequence"]])
         for client in report["privacy"]["clients"]:
             account = Account(unit, client["name"], dataset)
             if account not in known.accounts or client["epsilon_total"] is None:
                 yield f"it has no account of client {client['name']}"
                 continue
-            epsilon = accounting.epsilon(spent.get(account, {}), known.accounts[account].delta)
+            standing = known.accounts[account]
+            epsilon = accounting.epsilon(spent.get(account, {}), standing.delta)
             if not math.isclose(epsilon, client["epsilon_total"], rel_tol=1e-6, abs_tol=1e-9):
                 yield f"client {client['name']} had spent {epsilon}, epsilon_total says {client['epsilon_total']}"
+            if client["delta_total"] != standing.delta:
+                yield f"client {client['name']}: delta_total is {client['delta_total']}, its account's {standing.delta}"
+            if client["budget"] not in (None, standing.budget):  # an account may take its budget later
+                yield f"client {client['name']}: budget is {client['budget']}, its account's {standing.budget}"
+        beside = composition.beside(str(place), ledger["run"], ledger["sequence"])
+        for name, said, found in (
+            ("composition.earlier_runs", stated["composition"]["earlier_runs"], beside.other_runs),
+            ("steps.lost_rounds", stated["steps"]["lost_rounds"], beside.lost_rounds),
+        ):
+            if said != found:
+                yield f"statement.{name} is {said}, the ledger has {found}"
 
     _say("ledger", found(), wrong, held)
 
