@@ -41,18 +41,20 @@ def post_processing(report: Mapping[str, Any], folder: Path) -> Group:
 
 
 def audit(folder: Path) -> Group:
-    """The audit group of a run folder: from its audit.json, or null with the command that makes one."""
+    """The audit group of a run folder: from its audit.json, or null with the reason."""
     keys = [field.alias or name for name, field in groups.Audit.model_fields.items()]
-    blank: Group = {**dict.fromkeys(keys), "command": shlex.join(["umbel", "audit", folder.name])}
+    blank: Group = {**dict.fromkeys(keys), "command": "umbel audit RUN"}
     try:
         found = json.loads((folder / "audit.json").read_bytes())
-        known = {key: found.get(key) for key in keys if key not in ("command", "reason")}
+        known = blank | {key: found.get(key) for key in keys if key not in ("command", "reason")}
+        silent = [key for key, value in known.items() if value is None and key != "reason"]
+        known["reason"] = f"audit.json does not say: {', '.join(silent)}" if silent else None
+        groups.Audit.model_validate(known)
     except FileNotFoundError:
-        return blank | {"reason": f"not audited: umbel audit {folder.name}"}
-    except (OSError, ValueError, AttributeError):
-        return blank | {"reason": f"audit.json is damaged: umbel audit {folder.name} makes it again"}
-    missing = None not in known.values()
-    return blank | known | {"reason": None if missing else "audit.json does not say"}
+        return blank | {"reason": "not audited"}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return blank | {"reason": "audit.json is damaged: audit the run again"}
+    return known
 
 
 def utility(report: Mapping[str, Any]) -> Group:

@@ -4,26 +4,19 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 
-from server import figures, page, units
+from server import figures, page, paper, proof, units
 from server.figures import Series
+from server.proof import Drawn
 from server.publish import renew
 from server.results import Report, Row, accuracies, alarm, chosen, command, load, load_rounds, over, traffic
 
 __all__ = ["load", "write"]
 
 MOST_CLIENTS = 50
-
-
-class Drawn(NamedTuple):
-    """A figure with its words."""
-
-    title: str
-    text: str
-    svg: Markup
 
 
 def write(folder: Path, key: str = "", pdf: bool = False) -> Path:
@@ -54,8 +47,21 @@ def write(folder: Path, key: str = "", pdf: bool = False) -> Path:
         unapplied=sum(not row["applied"] for row in rows),
         left_out=_left_out(rows),
         command=command(report),
+        **(_statement(report) if "statement" in report else {}),  # an older Umbel wrote none
     )
+    if pdf:
+        paper.write(folder / "report.pdf", text)
     return page.save(folder / "report.html", text)
+
+
+def _statement(report: Report) -> dict[str, Any]:
+    return {
+        "parties": list(proof.parties(report)),
+        "proof": list(proof.drawings(report)),
+        "budgets": proof.budgets(report),
+        "groups": proof.fields(report),
+        "signers": proof.signers(report),
+    }
 
 
 def _verdict(report: Report) -> Iterator[str]:

@@ -1,5 +1,5 @@
 """The pages, as jinja2 templates. They are Python files because a Flower bundle carries no others of their kind."""
 
-from server.templates import compare, page, report
+from server.templates import compare, page, report, statement
 
-TEMPLATES = {"page": page.TEXT, "report": report.TEXT, "compare": compare.TEXT}
+TEMPLATES = {"page": page.TEXT, "report": report.TEXT, "statement": statement.TEXT, "compare": compare.TEXT}
