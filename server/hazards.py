@@ -39,7 +39,7 @@ def hazards(report: Mapping[str, Any]) -> list[Hazard]:
         (
             "spending that nobody adds up",
             ledger["path"] is not None,
-            ledger["reason"] or "charged to a ledger that refuses",
+            ledger["reason"] or "every step is charged to a ledger",
         ),
         (
             "one accountant alone",

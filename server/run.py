@@ -86,7 +86,7 @@ def export(job: Job) -> dict[str, Any]:
         raise Refused(f"{job.folder.path} has not come to its export: `umbel resume {job.folder.path}` goes on with it")
     state = replace(state, phase="train", until=state.round)
     job.folder.checkpoint(state, job.folder.rows()[-1], job.folder.ledger_head())
-    for name in ("report.html", "report.json.sig", "report.json"):
+    for name in ("report.html", "report.pdf", "report.json.sig", "report.json"):
         (job.folder.path / name).unlink(missing_ok=True)
     return _ship(job, _with_lost_rounds(job, state), compared)
 
