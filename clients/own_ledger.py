@@ -16,7 +16,7 @@ from clients.training import Node
 from privacy import accounting
 from privacy.chain import Head
 from privacy.durable import write_atomic
-from privacy.ledger import Account, Ledger
+from privacy.ledger import TESTS, Account, Ledger
 from privacy.plan import Mechanism
 from privacy.refused import Refused
 
@@ -143,5 +143,5 @@ class OwnLedger:
 def _account(node: Node, client: str, tests: bool = False) -> Account:
     unit, data = node.settings.privacy.unit, node.scenario.dataset or node.scenario.name
     if tests:
-        return Account("example", client, f"{data} (test)")
+        return Account("example", client, data + TESTS)
     return Account("example" if unit == "both" else unit, client, data)

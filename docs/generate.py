@@ -1,5 +1,6 @@
-"""Writes docs/settings.md and docs/commands.md from the program itself; `make docs` runs it, a test compares."""
+"""Writes the pages and the schema that say what the program says of itself; `make docs` runs it, a test compares."""
 
+import json
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -10,7 +11,10 @@ import typer
 
 from scenarios import load, names
 from scenarios.settings import Section, Settings, knobs
+from server import schema
 from server.cli import app
+from server.groups import Statement
+from server.shape import Closed
 
 WIDTH = 100
 _DOCS = Path(__file__).resolve().parent
@@ -51,6 +55,36 @@ def commands_page() -> str:
     return "\n".join([*lines, ""])
 
 
+def report_page() -> str:
+    """docs/report.md: its own words up to the mark, then every field of the privacy statement, a line each."""
+    words, mark, _ = (_DOCS / "report.md").read_text(encoding="utf-8").partition(_MADE)
+    lines = [words + mark]
+    for number, (name, field) in enumerate(Statement.model_fields.items(), 1):
+        lines += ["", f"### {number}. `{name}`", "", "| field | meaning |", "|---|---|"]
+        lines += [f"| `{path}` | {_cell(text)} |" for path, text in _fields(field.annotation)]
+    return "\n".join([*lines, ""])
+
+
+def report_schema() -> str:
+    """docs/report.schema.json."""
+    return json.dumps(schema.document(), indent=1, sort_keys=True) + "\n"
+
+
+def _fields(shape: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(path, meaning) of every field, objects within opened; reasons are explained once, in the text."""
+    for name, field in shape.model_fields.items():
+        if name == "reason" or name.endswith("_reason"):
+            continue
+        inner = [field.annotation, *get_args(field.annotation)]
+        inner += [each for one in inner for each in get_args(one)]
+        models = dict.fromkeys(one for one in inner if isinstance(one, type) and issubclass(one, Closed))
+        many = "[]" if any(get_origin(one) is list for one in inner) else ""
+        yield f"{prefix}{field.alias or name}{many}", field.description or ""
+        for model in models:
+            if model.__name__ not in ("Spread", "Histogram"):
+                yield from _fields(model, f"{prefix}{field.alias or name}{many}.")
+
+
 def _help(command: click.Command, name: str, parent: click.Context | None) -> Iterator[tuple[str, str]]:
     command.rich_markup_mode = None  # type: ignore[attr-defined]  # boxes are for terminals
     context = click.Context(command, parent, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH)
@@ -80,11 +114,16 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-PAGES = {"settings.md": settings_page, "commands.md": commands_page}
+PAGES = {
+    "settings.md": settings_page,
+    "commands.md": commands_page,
+    "report.md": report_page,
+    "report.schema.json": report_schema,
+}
 
 
 def main() -> None:
-    """Write both pages, each whole or not at all."""
+    """Write them, each whole or not at all."""
     for name, page in PAGES.items():
         partial = _DOCS / f"{name}.partial"
         partial.write_text(page(), encoding="utf-8")

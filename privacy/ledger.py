@@ -13,9 +13,9 @@ from privacy import standing
 from privacy.chain import Chain, Head
 from privacy.plan import Mechanism
 from privacy.refused import Refused
-from privacy.standing import Account, Standing, Window
+from privacy.standing import TESTS, Account, Standing, Window
 
-__all__ = ["Account", "Head", "Ledger", "Standing", "Window"]
+__all__ = ["TESTS", "Account", "Head", "Ledger", "Standing", "Window"]
 
 
 class _Attempt(NamedTuple):

@@ -15,6 +15,10 @@ _GRAIN = 3600
 """Seconds: the time of a reservation is kept rounded up to this, so it leaves a window late, never early."""
 
 
+TESTS = " (test)"
+"""Ends the name of the data of an account for a client's test examples, which are others than those it trains on."""
+
+
 class Account(NamedTuple):
     """Whose spending is added up, whatever run it comes from."""
 

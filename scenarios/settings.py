@@ -147,6 +147,13 @@ class Reference(Section):
     no_privacy_set: str = Field("", description="settings of that run alone, for example its own local.rate")
 
 
+class Report(Section):
+    curator: str = Field("", description="who answers for the data; stands in the report's statement")
+    intended_use: str = Field("", description="what the model is for; stands in the report's statement")
+    product: str = Field("", description="what the model becomes part of; stands in the report's statement")
+    key: str = Field("", description="PEM file of the Ed25519 key that signs the report; empty: UMBEL_KEY, else none")
+
+
 class Settings(Section):
     """All settings of a run. A scenario is born with its own values; `override` changes them by name."""
 
@@ -162,6 +169,7 @@ class Settings(Section):
     evaluation: Evaluation = Evaluation()
     export: Export = Export()
     reference: Reference = Reference()
+    report: Report = Report()
 
 
 def knobs(settings: Section, prefix: str = "") -> Iterator[tuple[str, Any, str]]:

@@ -13,7 +13,7 @@ from clients.task import Charge, Hello, Reply, Task
 from privacy import accounting
 from privacy.chain import Head
 from privacy.durable import secret
-from privacy.ledger import Account, Ledger, Window
+from privacy.ledger import TESTS, Account, Ledger, Window
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios import Scenario
@@ -207,7 +207,7 @@ def prepared(
             asks[name] = first, whole
     examined = {}
     for name, plan in tests.items():  # other examples than those it trains on, so an account of their own
-        cost = Cost(Account("example", name, f"{data} (test)"), plan.mechanism, 1, by_round=True)
+        cost = Cost(Account("example", name, data + TESTS), plan.mechanism, 1, by_round=True)
         opened[cost.account] = budget, plan.delta
         examined[name] = cost, plan.steps
     _seen_by_devices(ledger, roster)

@@ -12,6 +12,7 @@ import typer
 from privacy.refused import Refused
 from server.ledger_cli import ledger_app
 from server.plan_cli import register
+from server.report_cli import key_app
 
 app = typer.Typer(
     name="umbel",
@@ -25,6 +26,7 @@ app = typer.Typer(
 data_app = typer.Typer(help="Data sets that are not bundled: list and download them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(key_app, name="key")
 
 Set = Annotated[str, typer.Option("--set", help='Settings by name, as in "rounds.number=5 privacy.epsilon=3".')]
 Seed = Annotated[int | None, typer.Option(help="Seed of split, partition, initialization and cohorts (run.seed).")]
@@ -32,6 +34,9 @@ Data = Annotated[str | None, typer.Option(help="Folder of data sets that are not
 State = Annotated[str | None, typer.Option(help="Folder of the privacy ledgers, else UMBEL_STATE (run.state).")]
 Runtime = Annotated[str, typer.Option(help="embedded (this process), simulation (Flower on Ray), deployment (nodes).")]
 Superlink = Annotated[str, typer.Option(help="HOST:PORT of the running SuperLink, for --runtime deployment.")]
+Key = Annotated[
+    str, typer.Option("--key", metavar="FILE", help="PEM file of the Ed25519 key that signs, else UMBEL_KEY.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print the run folder's path alone.")]
 
 
@@ -47,6 +52,7 @@ def run(
     ] = None,
     runtime: Runtime = "embedded",
     superlink: Superlink = "",
+    key: Key = "",
     quiet: Quiet = False,
 ) -> None:
     """Run a scenario: federated rounds, references, pruning, export to ONNX, report.
@@ -58,7 +64,7 @@ def run(
     from server import launch
 
     chosen = load(scenario)
-    settings = override(chosen.settings, " ".join([set_, *_flags(seed, data, out, state)]))
+    settings = override(chosen.settings, " ".join([set_, *_flags(seed, data, out, state, key)]))
     folder = Path(settings.run.out or f"runs/{chosen.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     launch.go(chosen, scenario, settings, folder, runtime, superlink, quiet, new=True)
 
@@ -122,14 +128,27 @@ def export(
 
 @app.command()
 def report(
-    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")], quiet: Quiet = False
+    run_folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run; for --check also a report.json.")
+    ],
+    check: Annotated[bool, typer.Option("--check", help="Print what is not true of it: exit code 2, else 0.")] = False,
+    verify_key: Annotated[
+        Path | None, typer.Option(metavar="PUB.pem", help="With --check: demand a signature by this public key.")
+    ] = None,
+    pdf: Annotated[bool, typer.Option("--pdf", help="Also write report.pdf (pip install '.[pdf]').")] = False,
+    key: Key = "",
+    quiet: Quiet = False,
 ) -> None:
-    """Draw report.html again from report.json and rounds.jsonl, and print the summary."""
-    from server import launch
-    from server import report as page
+    """Draw report.html again from report.json and rounds.jsonl, and print the summary; or check what it says.
 
-    page.write(run_folder)
-    launch.show(run_folder, quiet)
+    Example: umbel report --check runs/mine/report.json --verify-key operator.pem
+    """
+    from server import report_cli
+
+    if check or verify_key is not None:
+        report_cli.check(run_folder, verify_key)
+    else:
+        report_cli.draw(run_folder, key, pdf, quiet)
 
 
 @app.command()
@@ -258,12 +277,16 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _flags(seed: int | None, data: str | None, out: str | None, state: str | None) -> list[str]:
+def _flags(seed: int | None, data: str | None, out: str | None, state: str | None, key: str = "") -> list[str]:
     import shlex
 
-    kept = str(Path(state).expanduser().absolute()) if state else state  # a run must find it from anywhere
-    given = {"run.seed": seed, "run.data": data, "run.out": out, "run.state": kept}
+    kept = _absolute(state) if state else state  # a run must find it from anywhere
+    given = {"run.seed": seed, "run.data": data, "run.out": out, "run.state": kept, "report.key": _absolute(key)}
     return [shlex.quote(f"{name}={value}") for name, value in given.items() if value is not None]
+
+
+def _absolute(path: str) -> str | None:
+    return str(Path(path).expanduser().absolute()) if path else None
 
 
 def _shown(value: Any) -> str:

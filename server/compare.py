@@ -14,7 +14,7 @@ from rich.text import Text
 from privacy.refused import Refused
 from server import figures, page, results, units
 from server.figures import Series
-from server.report import Drawn
+from server.proof import Drawn
 from server.results import Report, Row
 
 _NO_DIFFERENCE = ("run.seed", "run.out", "run.data", "run.resume")

@@ -195,6 +195,13 @@ def _privacy(run: results.Report) -> RenderableType:
         table.add_row("δ", privacy["delta_rule"])
         if against := privacy.get("against"):  # a report of an older Umbel has none
             table.add_row("Holds against", against)
+        if "statement" in run:
+            against = run["statement"]["epsilon"]["adversaries"]
+            known = (("reader", "report_reader"), ("other client", "other_client"), ("server", "server"))
+            bounds = (
+                f"{who} {'no bound' if against[k] is None else f'ε {units.epsilon(against[k])}'}" for who, k in known
+            )
+            table.add_row("Against each", ", ".join(bounds))
         parts.append(table)
     return Group(*parts)
 
@@ -246,6 +253,10 @@ def _onward(run: results.Report, folder: Path) -> RenderableType:
             ("Edge model", str(folder / "model.onnx")),
             ("Use it", f"python -m edge_export.infer {folder / 'model.onnx'} input.npy"),
         ]
+    if "digest" in run:
+        signed = run["statement"]["reproduction"]["signed_by"]
+        by = f"signed by {signed}" if signed else "unsigned"
+        rows.insert(1, ("Check it", f"umbel report --check {folder}  ({by}, digest {run['digest'][:16]}…)"))
     rows += [("Export again", f"umbel export {folder}"), ("Compare", f"umbel compare {folder} OTHER_RUN")]
     for name, text in rows:
         table.add_row(Text(name, style="bold"), Text(text))

@@ -173,6 +173,7 @@ class _Spending(NamedTuple):
             "delta": self.plan.delta + self.plan.chance,
             "noise_multiplier": self.plan.mechanism.noise_multiplier,
             "sampling_rate": self.plan.mechanism.sampling_rate,
+            "population": self.plan.mechanism.population,
             "steps": self.steps,
         }
 

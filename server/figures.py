@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from server import units
 
@@ -67,8 +67,12 @@ def curves(
     y_text: Callable[[float], str] = units.number,
     x_text: Callable[[float], str] | None = None,
     from_zero: bool = False,
+    log: bool = False,
 ) -> Markup:
-    """Lines over a common axis. Without x_text, x counts rounds. label: what the figure says to who cannot see it."""
+    """Lines over a common axis. Without x_text, x counts rounds. label: what the figure says to who cannot see it.
+
+    log: y by powers of ten.
+    """
     with matplotlib.rc_context(_STYLE):
         figure, axes = _axes()
         for line in series:
@@ -79,7 +83,10 @@ def curves(
             if line.band:
                 low, high = zip(*((y - b, y + b) for y, b in zip(line.y, line.band, strict=True)), strict=True)
                 axes.fill_between(line.x, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.yaxis.set_major_locator(MaxNLocator(5))  # few ticks: on a phone their labels need the room
+        if log:
+            axes.set_yscale("log")
+            axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(LogLocator(numticks=5) if log else MaxNLocator(5))  # few: phones are narrow
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _tick(y_text, y)))
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=x_text is None, min_n_ticks=1))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x_text or units.number, x)))
@@ -100,6 +107,17 @@ def histogram(label: str, values: Sequence[float], x_label: str, limit: float | 
         if limit is not None:
             axes.axvline(limit, color=SERIES[1], linestyle="--", linewidth=1.4)
         axes.set_xlim(0, top)
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+        axes.set_xlabel(x_label)
+        return _svg(figure, label)
+
+
+def bars(label: str, edges: Sequence[float], counts: Sequence[Sequence[int]], x_label: str) -> Markup:
+    """Histograms that were counted before, one over the other. edges: one more than there are counts in each."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _axes()
+        for style, heights in enumerate(counts):
+            axes.stairs(heights, edges, fill=True, color=SERIES[style], alpha=0.55)
         axes.yaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
         axes.set_xlabel(x_label)
         return _svg(figure, label)

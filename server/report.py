@@ -1,37 +1,33 @@
 """Run folder -> report.html: what was learned, how well, at what price, and what ships to the edge."""
 
 import math
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 
-from server import figures, page, units
+from server import figures, page, paper, proof, units
 from server.figures import Series
-from server.results import Report, Row, accuracies, alarm, chosen, load, load_rounds, over, traffic
+from server.proof import Drawn
+from server.publish import renew
+from server.results import Report, Row, accuracies, alarm, chosen, command, load, load_rounds, over, traffic
 
 __all__ = ["load", "write"]
 
 MOST_CLIENTS = 50
 
 
-class Drawn(NamedTuple):
-    """A figure with its words."""
-
-    title: str
-    text: str
-    svg: Markup
-
-
-def write(folder: Path) -> Path:
+def write(folder: Path, key: str = "", pdf: bool = False) -> Path:
     """Renders report.html from report.json and rounds.jsonl, atomically, and returns its path.
 
-    Raises Refused, and writes nothing, when one of the two is missing or not whole.
+    First report.json takes over what audit.json says, and is signed where there is a key (server/publish.py).
+    key: of --key. pdf: also report.pdf. Raises Refused, and writes nothing, when a file is missing or not whole.
     """
     report, rows = load(folder), load_rounds(folder)
+    if renew(folder, key):
+        report = load(folder)
     spent = sorted(report["privacy"]["clients"], key=lambda client: (-(client["epsilon"] or 0), client["name"]))
     worst = report["privacy"]["worst_epsilon"]
     text = page.render(
@@ -50,9 +46,22 @@ def write(folder: Path) -> Path:
         odds=_odds(worst) if worst is not None and worst < 12 else None,  # beyond, no one can picture it
         unapplied=sum(not row["applied"] for row in rows),
         left_out=_left_out(rows),
-        command=_command(report),
+        command=command(report),
+        **(_statement(report) if "statement" in report else {}),  # an older Umbel wrote none
     )
+    if pdf:
+        paper.write(folder / "report.pdf", text)
     return page.save(folder / "report.html", text)
+
+
+def _statement(report: Report) -> dict[str, Any]:
+    return {
+        "parties": list(proof.parties(report)),
+        "proof": list(proof.drawings(report)),
+        "budgets": proof.budgets(report),
+        "groups": proof.fields(report),
+        "signers": proof.signers(report),
+    }
 
 
 def _verdict(report: Report) -> Iterator[str]:
@@ -164,11 +173,3 @@ def _left_out(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def _odds(epsilon: float) -> str:
     """e^epsilon to two digits."""
     return f"{float(f'{math.exp(epsilon):.1e}'):,g}"
-
-
-def _command(report: Report) -> str:
-    changed = {name: value for name, value in report["changed"].items() if not name.startswith("run.")}
-    words = " ".join(f"{name}={'' if value is None else shlex.quote(str(value))}" for name, value in changed.items())
-    return shlex.join(
-        ["umbel", "run", report["scenario"], "--seed", str(report["seed"]), *(["--set", words] if words else [])]
-    )

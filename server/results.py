@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -89,6 +90,15 @@ def accuracies(report: Report) -> list[dict[str, Any]]:
         (f"Edge model{held}", edge["accuracy"], "no edge model was made" if not edge["variants"] else ""),
     ]
     return [{"name": name, "accuracy": accuracy, "reason": reason} for name, accuracy, reason in bars]
+
+
+def command(report: Mapping[str, Any]) -> str:
+    """The command that makes such a run again, with its seed and what differs from the scenario's own settings."""
+    changed = {name: value for name, value in report["changed"].items() if not name.startswith(("run.", "report."))}
+    words = " ".join(f"{name}={'' if value is None else shlex.quote(str(value))}" for name, value in changed.items())
+    return shlex.join(
+        ["umbel", "run", report["scenario"], "--seed", str(report["seed"]), *(["--set", words] if words else [])]
+    )
 
 
 def over(rows: Sequence[Row], x: Sequence[float | None], y: str) -> tuple[list[float], list[float]]:

@@ -15,14 +15,16 @@ from privacy.refused import Refused
 from scenarios import Scenario, build_model
 from scenarios.settings import Settings, knobs
 from scenarios.weights import Vector, layout, unflatten
-from server import accounts, budget, combine, edge, facts, pairs, report, select, step
+from server import accounts, budget, combine, edge, facts, pairs, report, select, signature, step
 from server.accounts import Accounts, Exhausted
+from server.publish import publish
 from server.record import RunFolder, save_named
 from server.references import references
 from server.rounds import Fleet, rounds
 from server.score import NOTHING, scorer
 from server.score import check as check_score
 from server.state import Row, Score, ServerState, Spent, final_weights, first_state
+from server.statement import Told, stated
 
 
 class Progress(Protocol):
@@ -87,7 +89,7 @@ def export(job: Job) -> dict[str, Any]:
         raise Refused(f"{job.folder.path} has not come to its export: `umbel resume {job.folder.path}` goes on with it")
     state = replace(state, phase="train", until=state.round)
     job.folder.checkpoint(state, job.folder.rows()[-1], job.folder.ledger_head())
-    for name in ("report.html", "report.json"):
+    for name in ("report.html", "report.pdf", "report.json.sig", "report.json"):
         (job.folder.path / name).unlink(missing_ok=True)
     return _ship(job, _with_lost_rounds(job, state), compared)
 
@@ -149,6 +151,7 @@ def check(scenario: Scenario, settings: Settings) -> None:
     combine.resolve(settings.server)
     step.resolve(settings.server)
     profile(settings.fleet.profile)
+    signature.operator_key(settings.report.key)
     model = build_model(scenario, settings)
     if settings.privacy.by_example:
         dp_sgd.check(model)
@@ -222,7 +225,8 @@ def _ship(job: Job, state: ServerState, compared: Mapping[str, Any]) -> dict[str
         seconds,
         job.runtime,
     )
-    job.folder.write_json("report.json", whole)
+    told = Told(job.node.scenario, job.node.settings, job.roster, job.plans, rows, job.folder.path)
+    whole = publish(job.folder.path, stated(whole, told), signature.operator_key(job.node.settings.report.key))
     report.write(job.folder.path)
     return whole
 
@@ -284,7 +288,7 @@ def _write_start(
 
 def _fixed(settings: Settings) -> dict[str, Any]:
     """The settings that a run keeps from its first round to its last: the plans and the account rest on them."""
-    values = {name: value for name, value, _ in knobs(settings) if not name.startswith(("run.", "export."))}
+    values = {name: value for name, value, _ in knobs(settings) if not name.startswith(("run.", "export.", "report."))}
     return {"run.seed": settings.run.seed, **values}
 
 

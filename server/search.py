@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 
@@ -18,8 +19,10 @@ from privacy import cohort_noise
 from privacy.search import Repetitions
 from scenarios import Scenario
 from scenarios.settings import Settings
-from server import launch, report, results
+from server import launch, report, results, signature
 from server import run as job
+from server.hazards import hazards
+from server.publish import publish
 from server.record import RunFolder
 
 ALONE = "reference.central_epochs=0 reference.no_privacy=false"
@@ -104,7 +107,14 @@ def _withhold(folder: Path) -> None:
             if account:
                 account.update(epsilon_total=None, delta_total=None)
     if "ledger" in whole["privacy"]:
-        whole["privacy"]["ledger"].update(sequence=None, hash=None, reason=UNTOLD)
-    with RunFolder.open(folder) as opened:
-        opened.write_json("report.json", whole)
+        whole["privacy"]["ledger"] = {**dict.fromkeys(whole["privacy"]["ledger"]), "reason": UNTOLD}
+    untold = {"ledger": None, "ledger_reason": UNTOLD, "run": None, "run_reason": UNTOLD}
+    sums = ("earlier_runs", "epsilon_total", "budget", "left")
+    stated: dict[str, Any] = whole["statement"]
+    stated["identity"] |= untold
+    stated["steps"] |= {"lost_rounds": None, "lost_rounds_reason": UNTOLD}
+    stated["composition"] |= dict.fromkeys(sums) | {f"{name}_reason": UNTOLD for name in sums}
+    stated["reproduction"] |= {"verify_ledger": None, "recompute": None, "reason": UNTOLD}
+    stated["interpretation"]["hazards"] = hazards(whole)
+    publish(folder, whole, signature.operator_key(whole["settings"]["report.key"]))
     report.write(folder)

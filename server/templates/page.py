@@ -65,6 +65,11 @@ dd { overflow-wrap: anywhere; }
 code, pre { font: .88em/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; background: var(--wash); border-radius: 4px; padding: .1em .35em; overflow-wrap: anywhere; }
 pre { padding: .8rem 1rem; white-space: pre-wrap; }
 summary { cursor: pointer; margin: .75rem 0; }
+h4 { font-size: .9rem; margin: 1.4rem 0 .3rem; text-transform: capitalize; }
+td.pass { color: var(--good); } td.fail { color: var(--bad); font-weight: 650; } td.unknown { color: var(--muted); }
+dd.why { color: var(--muted); }
+.sign { display: flex; gap: 2rem; margin: 2.5rem 0 1rem; }
+.sign p { flex: 1; border-top: 1px solid var(--muted); padding-top: .3rem; margin-top: 2.2rem; color: var(--muted); font-size: .85rem; }
 .key { display: flex; flex-wrap: wrap; gap: .3rem 1.4rem; margin: .75rem 0; font-size: .9rem; }
 svg.swatch { width: 1.9rem; height: .6rem; vertical-align: middle; margin-right: .45rem; }
 footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--line); color: var(--muted); font-size: .85rem; }
@@ -74,7 +79,12 @@ footer { margin-top: 3.5rem; padding-top: 1rem; border-top: 1px solid var(--line
   dl { grid-template-columns: 1fr; gap: 0; }
   dd { margin-bottom: .5rem; }
 }
+@page { margin: 1.7cm 1.5cm; }
 @media print {
+  .tiles { grid-template-columns: repeat(4, 1fr); }
+  .tiles b { font-size: 1.2rem; }
+  .figures { grid-template-columns: 1fr 1fr; }
+  td.differs { min-width: 0; }
   body { font-size: 10.5pt; }
   main { padding: 0; max-width: none; }
   h2, h3, caption { break-after: avoid; }

@@ -80,6 +80,8 @@ TEXT = r"""{% extends "page" %}
 {% if clients|length < privacy.clients|length %}<p class="note">{{ times(privacy.clients|length - clients|length, "more client") }} spent no more than these; <code>report.json</code> lists all.</p>{% endif %}
 {% endif %}
 
+{% if run.statement is defined %}{% include "statement" %}{% endif %}
+
 <h2>What it cost</h2>
 <dl>
 <dt>Bytes up</dt><dd>{{ run.bytes.up|size }} from clients to the server</dd>

@@ -2,17 +2,107 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
-from scenarios import load
-from scenarios.settings import knobs, override
+from scenarios import Examples, Federation, Scenario, load
+from scenarios.settings import Settings, knobs, override
+from server import run as job
+from server.embedded import EmbeddedFleet
+from server.record import RunFolder
 
 WriteRun = Callable[..., Path]
+RealRun = Callable[[str], Path]
+SIZES = {f"site-{i:02}": 24 + 3 * i for i in range(6)}
+REAL = {
+    "none": "privacy.unit=none",
+    "example": "local.batch=0 export.prune=0.5 export.recover_rounds=1",
+    "sampled": "local.batch=12 privacy.epsilon=1.5",
+    "seeded": "local.batch=0 privacy.noise_seed=3",
+    "client": "privacy.unit=client privacy.epsilon=9",
+    "secret": "privacy.unit=client privacy.epsilon=9 rounds.fraction=0.8 rounds.minimum=1",
+    "adaptive": "privacy.unit=client privacy.epsilon=9 privacy.adapt=true",
+}
+"""Settings of short real runs, one of every kind of statement."""
+
+
+def real_scenario() -> Scenario:
+    """A linear task, small enough to be run for real in every kind of privacy."""
+
+    def examples(name: str) -> Examples:
+        generator = torch.Generator().manual_seed(sum(map(ord, name)))
+        x = torch.randn(SIZES.get(name, 60), 5, generator=generator)
+        return Examples(x, (x.sum(1) > 0).long())
+
+    net = {"net": lambda: nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 2))}
+    base = "rounds.number=3 local.rate=0.5 reference.no_privacy=false export.prune=0 privacy.unit=example"
+    federation = Federation(SIZES, examples, examples("validation"), examples("test"))
+    return Scenario("made", override(Settings(), base), net, lambda _: federation, name="made")
+
+
+class _Nobody:
+    def row(self, row: dict[str, Any]) -> None:
+        pass
+
+    def status(self, text: str) -> None:
+        pass
+
+
+def _run_real(path: Path, text: str, stop_after: int = 99, lose: int = 0) -> dict[str, Any]:
+    """Begin the run in `path` or go on with it; raises Stopped after round `stop_after`.
+
+    lose: first reserve this round and forget it, as a kill in it would.
+    """
+    scenario, again = real_scenario(), path.exists()
+    settings = override(scenario.settings, f"{text} run.state={path.parent / 'state'}")
+    with RunFolder.open(path) if again else RunFolder.create(path, "made", settings) as folder:
+
+        def stop() -> bool:
+            return len(folder.rows()) == stop_after
+
+        prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, _Nobody(), stop)
+        if lose:
+            prepared.accounts.reserve(lose, {name: steps for name, (_, _, steps) in prepared.accounts.asks.items()})
+            prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, _Nobody(), stop)
+        return job.run(prepared)
+
+
+@pytest.fixture
+def run_real() -> Callable[..., dict[str, Any]]:
+    """run_real(path, settings, stop_after=99, lose=0) -> report.json of a real run; its ledger lies beside `path`."""
+    return _run_real
+
+
+@pytest.fixture(scope="session")
+def real_run(tmp_path_factory: pytest.TempPathFactory) -> RealRun:
+    """real_run(kind) -> the folder of a real run of REAL[kind], the same for every test: to be read, not changed."""
+    made: dict[str, Path] = {}
+
+    def one(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind) / "run"
+            _run_real(made[kind], REAL[kind])
+        return made[kind]
+
+    return one
+
+
+@pytest.fixture
+def own_run(real_run: RealRun, tmp_path: Path) -> RealRun:
+    """own_run(kind) -> a copy of such a run that a test may change; its ledger is still where it was."""
+
+    def copied(kind: str) -> Path:
+        shutil.copytree(real_run(kind), tmp_path / kind)
+        return tmp_path / kind
+
+    return copied
 
 
 @pytest.fixture

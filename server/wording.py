@@ -1,0 +1,141 @@
+"""What is said of each unit of privacy: one entry a unit; a unit without one is described by the facts alone."""
+
+from dataclasses import dataclass, replace
+
+REPORT_READER, OTHER_CLIENT, SERVER = "report_reader", "other_client", "server"
+
+
+@dataclass(frozen=True)
+class Wording:
+    """The words of one unit; figures stand in fields of their own."""
+
+    means: str
+    bound: str
+    enforced: str
+    public: tuple[str, ...]
+    server_sees: str
+    server_before_noise: bool
+    protects_from: frozenset[str]
+    """Against whom the epsilon of the account holds."""
+    unprotected: str
+    """Why it does not hold against the others."""
+    covered: tuple[str, ...]
+    family: str
+    clip_scope: str
+    weighting: str
+    denominator: str
+    dropout: str
+    generator: str
+    precision: str
+    assumption: str
+    empty: str
+    owner: str
+    """Of what a reader learns little: "one example of a client"."""
+
+
+UNITS = {
+    "example": Wording(
+        means="one training example of one client; whoever has several is protected less, by the promise for all",
+        bound="one example is drawn at most once a step and moves the step's sum by at most the clipping norm",
+        enforced="the gradient of each example is clipped on the client; models that mix examples are refused",
+        public=("which clients there are", "how many examples each has", "who took part in which round"),
+        server_sees="each client's update, already noised",
+        server_before_noise=False,
+        protects_from=frozenset({REPORT_READER, OTHER_CLIENT, SERVER}),
+        unprotected="",
+        covered=(
+            "every update that a client sends, in every round, recovery included",
+            "every model that is broadcast",
+            "the final weights and every model made of them",
+        ),
+        family="DP-SGD on the client: Gaussian noise on the sum of clipped gradients (Abadi et al. 2016)",
+        clip_scope="the gradient of one example, all layers together (flat, L2)",
+        weighting="every example of a step weighs the same; updates are then combined as server.* says",
+        denominator="sampling rate x the client's examples, whatever number was drawn",
+        dropout="none: a client noises alone, and a reply that is lost is charged as if it had come",
+        generator="Mersenne Twister, its whole state from the operating system's entropy, anew each client and round",
+        precision="float32",
+        assumption="each example is drawn for each step by a coin of its own (Poisson), or all are in every step",
+        empty="noise alone; it counts like any other step",
+        owner="one example of a client",
+    ),
+    "client": Wording(
+        means="one whole client with all its examples",
+        bound="one client adds one update a round, which moves the sum by at most the clipping norm",
+        enforced="each update is clipped by its client and again by the server after decoding; all weigh the same",
+        public=("the names of the clients and how many there are", "how many examples each has"),
+        server_sees="each update, clipped and without noise, and who took part",
+        server_before_noise=True,
+        protects_from=frozenset({REPORT_READER, OTHER_CLIENT}),
+        unprotected="the server sees each client's update before it adds the noise: no epsilon holds against it",
+        covered=("every model that is broadcast", "the final weights and every model made of them"),
+        family="Gaussian noise of the server on the sum of clipped updates (McMahan et al. 2018)",
+        clip_scope="a client's whole update, all layers together (L2)",
+        weighting="uniform, whatever the number of examples",
+        denominator="the cohort expected, whatever number replied",
+        dropout="costs accuracy alone: noise and denominator are those of the cohort expected",
+        generator="PCG64 seeded with 256 bits of the operating system's entropy, anew each round",
+        precision="float64",
+        assumption="each client is drawn for each round by a secret coin of its own (Poisson), and every client pays "
+        "for every round, drawn or not; or all are asked in every round",
+        empty="noise alone where rounds.minimum is 0; else the round is not applied and its chance is part of delta",
+        owner="one client, all its examples together,",
+    ),
+}
+_EXAMPLE, _CLIENT = UNITS["example"], UNITS["client"]
+UNITS["local"] = replace(
+    _CLIENT,
+    enforced="each update is clipped by its client, then noised by it; an update that is not finite counts as zero",
+    public=("which clients there are", "how many examples each has", "who took part in which round"),
+    server_sees="each client's update, already noised",
+    server_before_noise=False,
+    protects_from=frozenset({REPORT_READER, OTHER_CLIENT, SERVER}),
+    unprotected="",
+    covered=_EXAMPLE.covered,
+    family="Gaussian noise of each client on its clipped update, sensitivity twice the norm (Balle and Wang 2018)",
+    weighting="as server.* says: it comes after the noise",
+    denominator="as server.* says: it comes after the noise",
+    dropout="none: a client noises alone, and a reply that is lost is charged as if it had come",
+    assumption="no amplification is claimed: a client pays for each round in which it was asked",
+    empty="there are none: a client that is asked sends an update",
+)
+UNITS["both"] = replace(
+    _EXAMPLE,
+    means=f"{_EXAMPLE.means}; and beside it {_CLIENT.means}, with an account of its own",
+    bound=f"{_EXAMPLE.bound}; {_CLIENT.bound}",
+    enforced=f"{_EXAMPLE.enforced}; {_CLIENT.enforced}",
+    server_sees="each client's update, noised for its examples and not for the client as a whole",
+    family=f"{_EXAMPLE.family}; then {_CLIENT.family}",
+    clip_scope=f"{_EXAMPLE.clip_scope}; then {_CLIENT.clip_scope} (privacy.update_clip)",
+    weighting=_CLIENT.weighting,
+    denominator=f"{_EXAMPLE.denominator}; of the sum of updates {_CLIENT.denominator}",
+    dropout=_CLIENT.dropout,
+    generator=f"{_EXAMPLE.generator}; on the server {_CLIENT.generator}",
+    precision="float32 on the client, float64 on the server",
+    assumption=f"{_EXAMPLE.assumption}; {_CLIENT.assumption}",
+)
+
+
+def wording(unit: str, sampling: str = "poisson", bands: int = 1) -> Wording | None:
+    """The words of these settings (privacy.unit, privacy.sampling, privacy.bands); None for a unit without an entry."""
+    words = UNITS.get(unit)
+    if words is None or unit != "client":
+        return words
+    if sampling == "fixed":
+        return replace(
+            words,
+            assumption="a fixed number of clients is drawn without replacement, in secret, for each round, and every "
+            "client pays for every round, drawn or not (Wang, Balle and Kasiviswanathan 2019; replace one)",
+            empty="there are none: the number drawn is fixed",
+        )
+    if bands > 1:
+        return replace(
+            words,
+            public=(*words.public, "who took part in which round"),
+            family=f"DP-FTRL: Gaussian noise of the server, correlated over {bands} rounds by a banded matrix (McKenna "
+            "2024)",
+            assumption=f"no amplification is claimed: a client takes part at most once in any {bands} rounds and pays "
+            "for those",
+            empty="a round in which too few could be asked is not released",
+        )
+    return words
