@@ -79,7 +79,7 @@ def _log_moments(sigma: float, last: int) -> Array:
     j = np.arange(2, last + 1, dtype=np.float64)
     plain = log(2) + j * (j - 1) / (2 * sigma**2)
     # where the Gaussians lie far apart, 2 exp(...) is the smaller anyway, and its integral would leave the grid
-    reach = min(last + 1, max(2, int(11 * sigma)))
+    reach = min(last + 1, max(2, int(30 * sigma)))  # the integrand peaks near order / sigma
     even = np.arange(2, reach + 2, 2)
     loss = _GRID / sigma - 1 / (2 * sigma**2)  # log L at a draw of the standard normal
     with np.errstate(divide="ignore"):

@@ -170,6 +170,16 @@ def test_the_budget_over_runs_is_kept_in_an_account_of_its_own(tmp_path: Path) -
 # what comes after
 
 
+def test_the_server_takes_the_noised_updates_as_they_are_long_as_they_are(tmp_path: Path) -> None:
+    found = run(tmp_path / "run", "rounds.number=1 export.recover_rounds=0 server.weighting=uniform")
+    z = found["privacy"]["clients"][0]["noise_multiplier"]
+    with RunFolder.open(tmp_path / "run") as folder:
+        state = folder.committed()
+    assert state is not None
+    moved = state.weights - task()[1].weights
+    assert moved.std() == pytest.approx(z * 2 * 0.2 / np.sqrt(len(SIZES)), rel=0.3)
+
+
 @pytest.mark.parametrize("text", ["server.combine=median", "server.combine=krum", "server.normalize=true"])
 def test_any_combiner_may_come_after_the_noise(tmp_path: Path, text: str) -> None:
     found = run(tmp_path / "run", f"{text} rounds.number=1 export.recover_rounds=0 codec=int8")
