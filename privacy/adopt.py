@@ -18,7 +18,7 @@ from privacy.durable import secret
 from privacy.ledger import Account, Head, Ledger
 from privacy.refused import Refused
 
-_PARTS = (".key", "", ".head")  # in this order they are replaced: in between, the ledger is refused and never shorter
+_PARTS = ("", ".head", ".key")  # replaced in this order: in between, the ledger is refused, and all of it readable
 _EXTRA = " adopted"  # the run to which the steps go that a peer counts beyond this ledger's own COMMIT
 
 
@@ -76,9 +76,9 @@ def _peer(path: Path) -> Ledger:
 
 def _write(made: Path, path: Path, peers: Sequence[Ledger], clients: Collection[str]) -> list[Charged]:
     """Write the new ledger at `made`."""
-    key = path.with_name(path.name + ".key")
-    secret(made.with_name(made.name + ".key"), key.read_bytes() if key.is_file() else b"")
-    bodies = _following(readable(path), made)
+    bodies, key = readable(path)
+    secret(made.with_name(made.name + ".key"), key)
+    bodies = _following(bodies, made)
     new = Ledger(made, keep=True)
     with new.chain.held() as file:
         new.chain.append(file, bodies)

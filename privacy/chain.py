@@ -57,17 +57,23 @@ def _frames(data: bytes, at: int, before: bytes) -> Iterator[_Frame]:
         at, before = end, digest
 
 
-def readable(path: Path) -> list[dict[str, Any]]:
-    """The bodies of a damaged file's records, as far as digests, and tags where the key is there, bear them out."""
+def readable(path: Path) -> tuple[list[dict[str, Any]], bytes]:
+    """(the bodies of a damaged file's records, as far as its digests bear them out; its key, empty where it is lost).
+
+    A key that fits the first record is the file's: then the tags must bear out the others as well.
+    """
     data, found = path.read_bytes() if path.is_file() else b"", list[dict[str, Any]]()
     key_path = path.with_name(path.name + ".key")
-    key = key_path.read_bytes() if key_path.is_file() else None
+    key = key_path.read_bytes() if key_path.is_file() else b""
     with suppress(ValueError):
         for frame in _frames(data, len(_MAGIC), _FIRST) if data.startswith(_MAGIC) else ():
-            if key is not None and _tag(key, frame.digest) != frame.tag:
+            fits = _tag(key, frame.digest) == frame.tag
+            if not found and not fits:
+                key = b""
+            if key and not fits:
                 break
             found.append(json.loads(frame.body))
-    return found
+    return found, key if found else b""
 
 
 def _tag(key: bytes, said: bytes) -> bytes:

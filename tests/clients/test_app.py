@@ -12,7 +12,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from clients import app as client_app
 from clients import messages, training
 from clients.app import app
-from clients.task import Hello, Task
+from clients.task import Charge, Hello, Task
+from privacy.chain import Head
+from privacy.plan import Mechanism
 from scenarios import build_model, load
 from scenarios.settings import override
 from scenarios.weights import flatten, layout
@@ -150,6 +152,30 @@ def test_a_device_trains_as_the_embedded_runtime_does(scenario: str, tmp_path: P
     node = training.Node(chosen, chosen.settings, chosen.data(chosen.settings), tmp_path / "here")
     assert over_flower == training.answer(node, task)
     assert over_flower.reason == ""
+
+
+def test_a_device_charges_its_own_ledger_under_its_owners_budget_and_a_simulated_node_keeps_none(
+    scenario: str, tmp_path: Path
+) -> None:
+    private, state = "privacy.unit=example local.batch=0", tmp_path / "state"
+    owner = {"client": "a", "state": str(state), "budget": 2}
+    told = context(scenario, private, **owner)
+    said = hello(told)
+    assert isinstance(said, Hello)
+    assert said.head is not None
+    charge = Charge("run", 1, Head(3, "5e" * 32), said.head)
+    task = replace(a_task("a", scenario), mechanism=Mechanism(1.0, 5.0), clip=1.0, charge=charge)
+    for number, paid in ((1, True), (2, False)):
+        asked = replace(task, round=number, steps=20)
+        reply = messages.decode_reply(ask("train", messages.encode_task(asked), told), asked)
+        assert bool(reply.payload) is paid
+        assert reply.reason.startswith("its own ledger: epsilon 0") is not paid
+    assert "budget=lots" in str(hello(context(scenario, private, client="a", state=str(state), budget="lots")))
+    assert "owner's budget of 2" in str(hello(context(scenario, "", **owner)))
+    simulated = context(scenario, f"{private} run.out={tmp_path}/run", partition_id=0, num_partitions=3)
+    said = hello(simulated)
+    assert isinstance(said, Hello)
+    assert (said.head, list((tmp_path / "run").rglob("node.ledger"))) == (None, [])
 
 
 def test_a_device_refuses_the_task_of_another_client(scenario: str, tmp_path: Path) -> None:

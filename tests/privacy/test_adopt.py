@@ -35,11 +35,13 @@ def history(path: Path, account: Account = A) -> Counter[Mechanism]:
     return +read(path).accounts[account].history if account in read(path).accounts else Counter()
 
 
-def pair(folder: Path, rounds: int = 5) -> tuple[Path, Path, list[Head]]:
+def pair(folder: Path, rounds: int = 5, alone: int = 0) -> tuple[Path, Path, list[Head]]:
     """A server's ledger and a device's, as `rounds` rounds leave them, and the server's head in each round."""
     server, node, heads = Ledger(folder / "devices.ledger"), Ledger(folder / "node" / "node.ledger"), list[Head]()
     server.open({A: (20.0, DELTA), B: (None, DELTA)})
     node.open({A: (9.0, DELTA)}, Window(30, 5.0))
+    if alone:  # what the server has lost, or never knew
+        node.reserve("alone", 1, {A: (OTHER, alone)})
     for number in range(1, rounds + 1):
         server.reserve("run", number, {A: (STEP, 4), B: (OTHER, 6)})
         heads.append(server.chain.head)
@@ -56,11 +58,13 @@ def lose(path: Path, how: str) -> None:
         path.with_name(path.name + part).unlink()
     if how == "cut":
         path.write_bytes(whole[: len(whole) // 2])
+    if how == "wrong key":
+        path.with_name(path.name + ".key").write_bytes(bytes(32))
     if how == "edited":
         path.write_bytes(whole.replace(b'"steps":4', b'"steps":1', 1))
 
 
-@pytest.mark.parametrize("how", ["all", "file", "head", "key", "cut", "edited", "nothing"])
+@pytest.mark.parametrize("how", ["all", "file", "head", "key", "wrong key", "cut", "edited", "nothing"])
 @pytest.mark.parametrize("side", ["server", "node"])
 def test_a_lost_ledger_comes_back_with_all_that_its_other_side_knows(tmp_path: Path, how: str, side: str) -> None:
     server, node, heads = pair(tmp_path)
@@ -75,13 +79,14 @@ def test_a_lost_ledger_comes_back_with_all_that_its_other_side_knows(tmp_path: P
     assert [each.now for each in charged if each.account == A] == [after.accounts[A].history[STEP]]
     assert {path.read_bytes() for path in aside} == set(kept.values()), "nothing is deleted"
     assert (after.holds(seen), after.holds(Head(4, "0" * 64))) == (True, False), "what the peer saw of it is settled"
-    if how in ("head", "key", "nothing"):
+    if how in ("head", "key", "wrong key", "nothing"):
         assert after.holds(last)
         assert after.accounts[A].history == before.accounts[A].history
         terms = after.accounts[A]
         assert (terms.budget, terms.window) == (before.accounts[A].budget, before.accounts[A].window)
     if side == "server":
         assert all(after.holds(head) for head in heads), "a run folder's checkpoint has one of them"
+    assert lost.with_name(lost.name + ".key").read_bytes() != bytes(32)
     assert after.reserve("run", 6, {A: (STEP, 1)}) == {}
     rows = {row["client"]: row["epsilon"] for row in recompute.accounts(recompute.records(lost))}
     assert rows["a"] == pytest.approx(read(lost).accounts[A].epsilon, rel=5e-3)
@@ -160,7 +165,7 @@ def test_a_peer_that_is_no_good_changes_nothing(tmp_path: Path) -> None:
 
 def test_killed_at_any_line_it_is_refused_or_charged_in_full(tmp_path: Path) -> None:
     """SIGKILL at every line of adopt.py; a ledger that opens has all its steps, and adopting again mends the rest."""
-    _, node, _ = pair(tmp_path / "whole", 3)
+    _, node, _ = pair(tmp_path / "whole", 3, alone=5)
     lose(node, "cut")
     lose(node, "key")
 
@@ -194,6 +199,8 @@ def test_killed_at_any_line_it_is_refused_or_charged_in_full(tmp_path: Path) -> 
         path = folder / "node" / "node.ledger"
         try:
             assert history(path)[STEP] >= 9, f"line {stop}"
+            assert history(path)[OTHER] == 5, f"line {stop}"
         except Refused:
             adopt(path, [folder / "devices.ledger"], ["a"])
             assert history(path)[STEP] >= 9, f"line {stop}, adopted again"
+            assert history(path)[OTHER] == 5, f"line {stop}, adopted again"

@@ -104,6 +104,20 @@ def test_the_reason_says_when_enough_of_the_window_will_have_passed_and_then_it_
     assert "before" not in book.over({A: (STEP, 21)})[A], "no time will do"
 
 
+def test_a_step_leaves_the_window_at_most_an_hour_late_and_not_a_second_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [HOUR * 300_000 + 1800]
+    monkeypatch.setattr(chain.time, "time", lambda: clock[0])
+    book = Ledger(tmp_path / "l.ledger")
+    book.open({A: (None, DELTA)}, Window(2, cost(full=20)))
+    book.reserve("run", 1, {A: (STEP, 20)})
+    clock[0] += 2 * DAY
+    assert A in book.over({A: (STEP, 1)})
+    clock[0] += HOUR
+    assert book.over({A: (STEP, 20)}) == {}
+
+
 def test_a_window_counts_what_was_spent_before_it_was_set_and_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
