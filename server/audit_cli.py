@@ -104,14 +104,19 @@ def _progress(quiet: bool) -> "Iterator[Progress]":
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
     )  # fmt: skip
-    with Bars(*columns, console=Console(stderr=True)) as bars:
+    bars = Bars(*columns, console=Console(stderr=True))
 
-        class Shown:
-            def start(self, text: str, total: int) -> Callable[[], None]:
-                task = bars.add_task(text, total=total)
-                return lambda: bars.advance(task)
+    class Shown:
+        def start(self, text: str, total: int) -> Callable[[], None]:
+            bars.start()  # not before: what is refused stays one line
+            task = bars.add_task(text, total=total)
+            return lambda: bars.advance(task)
 
+    try:
         yield Shown()
+    finally:
+        if bars.tasks:
+            bars.stop()
 
 
 def _show(found: "Result") -> None:

@@ -68,8 +68,9 @@ def test_canaries_all_in_or_all_out_are_refused() -> None:
 def slow_chance(k: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
     """Theorem 5.2 of Steinke et al. 2023, term by term."""
     law = stats.binom(guesses, math.exp(epsilon) / (1 + math.exp(epsilon)))
-    tail = sum(law.pmf(v) for v in range(right, guesses + 1))
-    gaps = [sum(law.pmf(v) for v in range(max(0, right - i), right)) / i for i in range(1, k + 1)]
+    mass = law.pmf(range(guesses + 1)).tolist()
+    tail = sum(mass[right:])
+    gaps = [sum(mass[max(0, right - i) : right]) / i for i in range(1, k + 1)]
     return min(1.0, tail + 2 * k * delta * max(gaps))
 
 
@@ -99,16 +100,16 @@ def test_the_bound_asks_for_less_where_delta_is_large() -> None:
     assert bounds[-1] < 0.5
 
 
-def test_the_bound_is_what_its_own_number_of_guesses_allows() -> None:
-    """Against a search by a fine grid of epsilons, over the same numbers of guesses."""
-    scores, included = gaussian(2, 2.0, 512)
+def test_the_bound_is_the_best_of_its_numbers_of_guesses() -> None:
+    """Against a search on a grid of epsilons."""
+    scores, included = gaussian(2, 2.0, 64)
     order, best = np.argsort(scores), 0.0
-    for half in (256, 128, 64, 32, 16, 8, 4, 2):
+    for half in (32, 16, 8, 4, 2, 1):
         right = int((~included[order[:half]]).sum() + included[order[-half:]].sum())
-        grid = np.arange(0, 8, 0.005)
-        allowed = [e for e in grid if slow_chance(512, 2 * half, right, e, 1e-5) <= 0.05 / 8] if half < 64 else []
-        best = max([best, *allowed])
-    assert audit.lower_bound(scores, included, 1e-5) >= best - 0.006
+        grid = (epsilon for epsilon in np.arange(0, 4, 0.05))
+        best = max([best, *(e for e in grid if slow_chance(64, 2 * half, right, e, 1e-5) <= 0.05 / 6)])
+    assert best > 0.3
+    assert best - 1e-3 <= audit.lower_bound(scores, included, 1e-5) <= best + 0.051
 
 
 # the verdict
@@ -152,9 +153,7 @@ def test_the_ranking_is_scikit_learn_s(inside: list[int], outside: list[int]) ->
     auc, found = audit.ranking(np.array(inside, float), np.array(outside, float), 0.2)
     truth = roc_auc_score([1] * len(inside) + [0] * len(outside), inside + outside)
     assert auc == pytest.approx(truth)
-    rates = [
-        np.mean([one > t for one in inside]) for t in range(-1, 7) if np.mean([one > t for one in outside]) <= 0.2
-    ]
+    rates = [np.mean([one > t for one in inside]) for t in range(-1, 7) if np.mean([one > t for one in outside]) <= 0.2]
     assert found <= max(rates) + 1e-12
     assert np.mean([one > min(inside + outside) - 1 for one in outside]) == 1
 

@@ -1,4 +1,4 @@
-"""The audit of Umbel's own mechanisms: sampling 1, 10 rounds, 5000 canaries; correct code passes, injected bugs fail."""
+"""The audit of our own mechanisms: sampling 1, 10 rounds, 5000 canaries; correct code passes, injected bugs fail."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -53,11 +53,11 @@ def test_correct_code_passes_with_an_estimate_near_the_claim(unit: str, noise: f
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unit", UNITS)
-def test_fifty_seeds_of_each_unit_pass_and_95_in_100_estimates_are_within_a_fifth(unit: str, tmp_path: Path) -> None:
-    said = [audited(tmp_path, unit, NOISES[seed % 3], seed) for seed in range(50)]
+def test_a_hundred_seeds_pass_and_95_estimates_are_within_a_fifth(tmp_path: Path) -> None:
+    seeds = [("client" if seed % 3 == 0 else "example", NOISES[seed // 3 % 3], seed) for seed in range(100)]
+    said = [audited(tmp_path, *each) for each in seeds]
     assert all(one.lower_bound <= claimed and one.passed for one, claimed in said)
-    assert sum(abs(one.estimate / claimed - 1) <= 0.2 for one, claimed in said) >= 48
+    assert sum(abs(one.estimate / claimed - 1) <= 0.2 for one, claimed in said) >= 95
 
 
 @pytest.mark.parametrize("codec", ["float16", "int8", "topk:0.3"])
@@ -172,7 +172,7 @@ def test_a_bug_fails_the_claim(bug: str, unit: str, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_fails_whatever_the_seed_and_the_noise(bug: str, unit: str, tmp_path: Path, monkeypatch: Patch) -> None:
     BUGS[bug](monkeypatch, unit)
-    assert not any(audited(tmp_path, unit, NOISES[seed % 3], 100 + seed)[0].passed for seed in range(3))
+    assert not any(audited(tmp_path, unit, NOISES[seed], 100 + seed)[0].passed for seed in range(2))
 
 
 def test_the_audit_goes_through_the_codec_of_the_settings(tmp_path: Path, monkeypatch: Patch) -> None:
