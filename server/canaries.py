@@ -104,7 +104,7 @@ def by_client(setup: Setup, name: str, included: Included, tick: Tick) -> Run:
             moved = (after.weights.astype(np.float64) - state.weights) * expected / clip * _sign(row["round"])
             scores[block] += audit.evidence(moved, plan.mechanism, 1)
             state, clip = after, after.clip or clip
-            if part == 0:
+            if (row["round"] + part * setup.rounds) % parts == 0:  # once for a round of all blocks
                 tick()
     return Run(
         scores,

@@ -104,7 +104,7 @@ def test_every_file_of_a_run_folder_is_documented(eventful: Path) -> None:
     known = documented("The folder")
     found = {path.name + "/" * path.is_dir() for path in eventful.iterdir()}
     assert found <= known
-    assert known - found == {"references.json", "flower.log", "stop"} - found
+    assert known - found == {"references.json", "flower.log", "stop", "audit.json"} - found
 
 
 def test_the_pages_that_are_made_are_what_the_program_says_now() -> None:
