@@ -17,6 +17,8 @@ from privacy.refused import Refused
 CONFIDENCE = 0.95
 TOLERATED = 1.5
 """An estimate above this many times the claim fails it: noise halved doubles mu and more than doubles epsilon."""
+_ERRORS = 3.0
+"""Standard errors of mu that an estimate above 1.5 times the claim must lie beyond it."""
 _GUESSES = 8
 """Numbers of guesses that are tried for the bound: k, k / 2, ..., each at a share of what may go wrong."""
 _BINS = 40
@@ -41,11 +43,17 @@ def verdict(scores: Scores, included: Included, claimed: float, delta: float) ->
     """Hold `claimed` epsilon at `delta` against the canaries' scores (k,).
 
     It fails where the lower bound passes the claim, which happens to a true claim in at most 1 of 20 audits, or where
-    the estimate passes 1.5 times the claim. A pass means that these canaries found nothing, not that there is nothing.
+    the estimate passes 1.5 times the claim, unless chance could be why: a small claim is within the error of the
+    estimate. A pass means that these canaries found nothing, not that there is nothing.
     """
     found, bound = estimate(scores, included, delta), lower_bound(scores, included, delta)
+    mu = separation(scores, included)
+    error = math.sqrt(4 / len(scores) + mu * mu / (2 * len(scores)))  # of a difference of means, and of a deviation
     if bound > claimed:
         reason = f"the lower bound {bound:.4g} is above the claim {claimed:.4g}: the claim is false"
+    elif found > TOLERATED * claimed and math.isfinite(mu) and _epsilon(mu - _ERRORS * error, delta) <= claimed:
+        reason = f"the estimate {found:.4g} is above the claim {claimed:.4g} by no more than chance: ask more canaries"
+        return Verdict(found, bound, True, reason)
     elif found > TOLERATED * claimed:
         what = "the canaries were released without noise" if math.isinf(found) else f"the estimate {found:.4g}"
         reason = f"{what}, more than {TOLERATED:g} times the claim {claimed:.4g}: something adds too little noise"
@@ -79,8 +87,11 @@ def estimate(scores: Scores, included: Included, delta: float) -> float:
     Both groups are fitted with one deviation, as noise that does not know who is in has. No bound: half of all
     estimates of an exactly accounted mechanism lie above it.
     """
-    mu = separation(scores, included)
-    return mu if mu in (0.0, math.inf) else accounting.gaussian(mu, delta)
+    return _epsilon(separation(scores, included), delta)
+
+
+def _epsilon(mu: float, delta: float) -> float:
+    return max(0.0, mu) if mu <= 0 or math.isinf(mu) else accounting.gaussian(mu, delta)
 
 
 def lower_bound(scores: Scores, included: Included, delta: float, confidence: float = CONFIDENCE) -> float:

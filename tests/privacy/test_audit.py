@@ -130,6 +130,15 @@ def test_the_verdict_fails_by_the_bound_by_the_estimate_and_for_missing_noise() 
     assert "without noise" in silent.reason
 
 
+def test_a_small_claim_is_not_failed_by_the_error_of_its_estimate_and_a_false_one_is() -> None:
+    small = accounting.gaussian(0.02, 1e-5)
+    said = [audit.verdict(*gaussian(seed, 0.02), small, 1e-5) for seed in range(60)]
+    assert any(one.estimate > 1.5 * small for one in said)
+    assert all(one.passed for one in said)
+    assert any("chance" in one.reason for one in said)
+    assert not any(audit.verdict(*gaussian(seed, 0.3), small, 1e-5).passed for seed in range(60))
+
+
 # what the canaries left, and how well they are told apart
 
 
