@@ -125,13 +125,15 @@ def likelihood_ratios(confidence_SM: NDArray[np.float64], included_SM: Included)
     Each mean is over the other shadows alone, and its own error is part of the variance: without that, the smaller
     group would look the farther one. Every target must be in at least two shadows and out of two.
     """
-    distances, residuals = [], np.zeros_like(confidence_SM)
+    squares, errors, residuals = [], [], np.zeros_like(confidence_SM)
     for group in (included_SM, ~included_SM):
         count, total = group.sum(0) - group, (confidence_SM * group).sum(0)
         apart = (confidence_SM - (total - confidence_SM * group) / count) / np.sqrt(1 + 1 / count)
         residuals += apart * group
-        distances.append(apart**2 + np.log1p(1 / count))
-    return np.asarray((distances[1] - distances[0]) / (2 * max(float((residuals**2).mean()), 1e-12)))
+        squares.append(apart**2)
+        errors.append(np.log1p(1 / count))
+    variance = max(float((residuals**2).mean()), 1e-12)
+    return np.asarray((squares[1] - squares[0]) / variance + errors[1] - errors[0]) / 2
 
 
 def _logit(node: Node, model: nn.Module, examples: Examples, i: int) -> float:

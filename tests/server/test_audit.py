@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import nn
 
 from privacy import cohort_noise
@@ -202,34 +203,36 @@ def test_bad_input_is_one_line_and_exit_code_2(
 # membership
 
 
-def test_the_likelihood_ratio_leaves_out_the_shadow_that_is_asked_about() -> None:
+def test_the_likelihood_ratio_is_that_of_normal_laws_of_the_other_shadows() -> None:
     random = np.random.default_rng(0)
     included = np.argsort(random.random((8, 5)), axis=0) < 4
-    confidence = random.normal(size=(8, 5)) + 2 * included
-    found = membership.likelihood_ratios(confidence, included)
-    moved = confidence.copy()
-    moved[3, 2] += 1e-9
-    others = np.delete(np.arange(8), 3)
-    slow = {there: confidence[others][included[others, 2] == there, 2] for there in (True, False)}
-    apart = {
-        there: (confidence[3, 2] - s.mean()) ** 2 / (1 + 1 / len(s)) + np.log1p(1 / len(s)) for there, s in slow.items()
-    }
-    scale = found[3, 2] / (apart[False] - apart[True])
-    assert scale > 0
-    for s, m in ((0, 0), (5, 4)):
-        rest = np.delete(np.arange(8), s)
-        groups = {there: confidence[rest][included[rest, m] == there, m] for there in (True, False)}
-        far = {
-            t: (confidence[s, m] - g.mean()) ** 2 / (1 + 1 / len(g)) + np.log1p(1 / len(g)) for t, g in groups.items()
-        }
-        assert found[s, m] == pytest.approx(scale * (far[False] - far[True]))
+    confidence = random.normal(size=(8, 5)) * 0.05 + 0.1 * included
+
+    def law(s: int, m: int, there: bool) -> tuple[float, float]:
+        """Mean, and what its error adds to the variance, of the shadows but s that have target m in, or not."""
+        others = [confidence[i, m] for i in range(8) if i != s and included[i, m] == there]
+        return float(np.mean(others)), 1 + 1 / len(others)
+
+    spots = [(s, m) for s in range(8) for m in range(5)]
+    own = [
+        (confidence[s, m] - law(s, m, bool(included[s, m]))[0], law(s, m, bool(included[s, m]))[1]) for s, m in spots
+    ]
+    variance = np.mean([apart**2 / more for apart, more in own])
+    slow = np.zeros((8, 5))
+    for s, m in spots:
+        for there, sign in ((True, 1), (False, -1)):
+            mean, more = law(s, m, there)
+            slow[s, m] += sign * stats.norm.logpdf(confidence[s, m], mean, np.sqrt(variance * more))
+    assert np.allclose(membership.likelihood_ratios(confidence, included), slow)
+    assert np.allclose(membership.likelihood_ratios(100 * confidence, included), slow)
 
 
 def test_where_nothing_leaks_the_ratio_guesses_and_where_all_leaks_it_knows() -> None:
     random = np.random.default_rng(1)
     included = np.argsort(random.random((16, 300)), axis=0) < 8
     for shift, low, high in ((0.0, 0.47, 0.53), (8.0, 0.999, 1.0)):
-        scores = membership.likelihood_ratios(random.normal(size=included.shape) + shift * included, included)
+        confidence = 0.01 * (random.normal(size=included.shape) + shift * included)
+        scores = membership.likelihood_ratios(confidence, included)
         auc, _ = audit.audit.ranking(scores[included], scores[~included])
         assert low <= auc <= high
 
