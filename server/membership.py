@@ -123,17 +123,17 @@ def likelihood_ratios(confidence_SM: NDArray[np.float64], included_SM: Included)
     """(S, M): how much likelier a shadow's confidence in a target is if the target was in, from the other shadows.
 
     Each mean is over the other shadows alone, and its own error is part of the variance: without that, the smaller
-    group would look the farther one. Every target must be in at least two shadows and out of two.
+    group would look the farther one. The normalizers of the two laws are left out: they differ by the size of the
+    groups alone, and would decide for targets that hardly vary. Every target must be in two shadows and out of two.
     """
-    squares, errors, residuals = [], [], np.zeros_like(confidence_SM)
+    squares, residuals = [], np.zeros_like(confidence_SM)
     for group in (included_SM, ~included_SM):
         count, total = group.sum(0) - group, (confidence_SM * group).sum(0)
         apart = (confidence_SM - (total - confidence_SM * group) / count) / np.sqrt(1 + 1 / count)
         residuals += apart * group
         squares.append(apart**2)
-        errors.append(np.log1p(1 / count))
     variance = max(float((residuals**2).mean()), 1e-12)
-    return np.asarray((squares[1] - squares[0]) / variance + errors[1] - errors[0]) / 2
+    return np.asarray((squares[1] - squares[0]) / (2 * variance))
 
 
 def _logit(node: Node, model: nn.Module, examples: Examples, i: int) -> float:
