@@ -10,6 +10,7 @@ import click
 import typer
 
 from privacy.refused import Refused
+from server.audit_cli import audit
 from server.ledger_cli import ledger_app
 from server.plan_cli import register
 from server.report_cli import key_app
@@ -27,6 +28,7 @@ data_app = typer.Typer(help="Data sets that are not bundled: list and download t
 app.add_typer(data_app, name="data")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(key_app, name="key")
+app.command()(audit)
 
 Set = Annotated[str, typer.Option("--set", help='Settings by name, as in "rounds.number=5 privacy.epsilon=3".')]
 Seed = Annotated[int | None, typer.Option(help="Seed of split, partition, initialization and cohorts (run.seed).")]

@@ -132,7 +132,7 @@ def prepare(
             charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, None, tests)
             _write_start(folder, roster, plans, server_data, settings, charged)
         else:
-            plans = _read_plans(start)
+            plans = read_plans(start)
             _same_data(start, roster, server_data)
             roster = {name: roster[name] for name in sorted(start["clients"])}  # who came later has no plan
             tests = budget.test_plans(roster, settings)
@@ -298,7 +298,8 @@ def _same_settings(start: Mapping[str, Any], settings: Settings) -> None:
             raise Refused(f"{name} was {before} when the run began, settings.toml says {value}: start a new run")
 
 
-def _read_plans(start: Mapping[str, Any]) -> dict[str, Plan]:
+def read_plans(start: Mapping[str, Any]) -> dict[str, Plan]:
+    """Every client's plan, from start.json."""
     return {name: _read_plan(plan) for name, plan in start["plans"].items()}
 
 
