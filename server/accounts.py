@@ -210,6 +210,7 @@ def prepared(
         cost = Cost(Account("example", name, data + TESTS), plan.mechanism, 1, by_round=True)
         opened[cost.account] = budget, plan.delta
         examined[name] = cost, plan.steps
+    ledger.read()
     _seen_by_devices(ledger, roster)
     for cost in (cost for costs in asks.values() for cost in costs):
         known = ledger.accounts.get(cost.account)

@@ -31,6 +31,8 @@ def errors(report: Report) -> Iterator[str]:
 def _impossible(report: Report) -> Iterator[str]:
     """Figures that no accountant could be asked about."""
     chance = report["statement"]["delta"]["chance"] or 0.0
+    if chance and report["privacy"]["unit"] not in ("client", "both"):
+        yield f"statement.delta.chance is {chance}, but no client is drawn in secret"
     for name, one, drawn in _each_account(report):
         if not 0 < one["delta"] - (chance if drawn else 0.0) < 1:
             yield f"client {name}: of delta {one['delta']} a chance of {chance} leaves none for the steps"
@@ -141,6 +143,8 @@ def _copies(report: Report) -> Iterator[str]:
             ("statement.not_covered.items", stated["not_covered"]["items"], privacy["not_covered"]),
             ("privacy.epsilon", privacy["epsilon"], settings["privacy.epsilon"]),
         ]
+    if privacy["unit"] == "both" and not settings["privacy.adapt"]:
+        pairs.append(("privacy.update_clip", privacy["update_clip"], settings["privacy.update_clip"]))
     chosen = [variant["accuracy"] for variant in report["edge"]["variants"] if variant["chosen"]]
     pairs.append(("edge.accuracy", report["edge"]["accuracy"], chosen[0] if chosen else None))
     drawn = max(1, round(settings["rounds.fraction"] * report["fleet"]["clients"]))

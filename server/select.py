@@ -94,7 +94,9 @@ def cohort(
     chosen, fleet = Cohort(), settings.fleet
     by_example = settings.privacy.by_example
     by_client = settings.privacy.by_client and not by_turns(settings)  # all pay alike
-    whole_round = {name: round_steps(settings, roster[name].examples) for name in plans}
+    whole_round = dict.fromkeys(plans, 1)
+    if by_example:
+        whole_round = {name: round_steps(settings, roster[name].examples) for name in plans}
     if by_client and not all(
         can_pay(plan, spent.get(name, Spent()), whole_round[name]) for name, plan in plans.items()
     ):

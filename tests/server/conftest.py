@@ -29,6 +29,10 @@ REAL = {
     "client": "privacy.unit=client privacy.epsilon=9",
     "secret": "privacy.unit=client privacy.epsilon=9 rounds.fraction=0.8 rounds.minimum=1",
     "adaptive": "privacy.unit=client privacy.epsilon=9 privacy.adapt=true",
+    "both": "privacy.unit=both privacy.client_epsilon=9 local.batch=0 evaluation.on=clients evaluation.epsilon=4",
+    "local": "privacy.unit=local privacy.epsilon=30",
+    "fixed": "privacy.unit=client privacy.sampling=fixed privacy.epsilon=30 rounds.fraction=0.5",
+    "turns": "privacy.unit=client privacy.bands=2 privacy.epsilon=9",
 }
 """Settings of short real runs, one of every kind of statement."""
 
@@ -43,7 +47,7 @@ def real_scenario() -> Scenario:
 
     net = {"net": lambda: nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 2))}
     base = "rounds.number=3 local.rate=0.5 reference.no_privacy=false export.prune=0 privacy.unit=example"
-    federation = Federation(SIZES, examples, examples("validation"), examples("test"))
+    federation = Federation(SIZES, examples, examples("validation"), examples("test"), examples)
     return Scenario("made", override(Settings(), base), net, lambda _: federation, name="made")
 
 
@@ -69,7 +73,7 @@ def _run_real(path: Path, text: str, stop_after: int = 99, lose: int = 0) -> dic
 
         prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, _Nobody(), stop)
         if lose:
-            prepared.accounts.reserve(lose, {name: steps for name, (_, _, steps) in prepared.accounts.asks.items()})
+            prepared.accounts.reserve(lose, {name: costs[0].steps for name, costs in prepared.accounts.asks.items()})
             prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, _Nobody(), stop)
         return job.run(prepared)
 

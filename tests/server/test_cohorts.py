@@ -22,6 +22,7 @@ from server import budget, edge, rounds, select
 from server import run as job
 from server.embedded import EmbeddedFleet
 from server.record import RunFolder
+from server.references import NoJournal
 from server.state import Row, Score, ServerState, first_state
 
 NAMES = [f"site-{i:02}" for i in range(30)]
@@ -80,7 +81,7 @@ def published(path: Path) -> list[Row]:
     return [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
 
 
-class Noted:
+class Noted(NoJournal):
     """A journal that keeps what it is told, with a fleet in this process."""
 
     def __init__(self, folder: Path, text: str) -> None:

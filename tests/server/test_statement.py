@@ -16,7 +16,7 @@ from server.groups import Statement
 from server.wording import UNITS
 
 ROOT = Path(__file__).parents[2]
-KINDS = ("none", "example", "sampled", "seeded", "client", "secret", "adaptive")
+KINDS = ("none", "example", "sampled", "seeded", "client", "secret", "adaptive", "both", "local", "fixed", "turns")
 
 
 def report_of(folder: Path) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def test_nothing_is_empty_without_a_reason_and_a_reason_taken_away_is_missed(rea
         assert any("says why" in fault for fault in schema.faults(less)), path
 
 
-@pytest.mark.parametrize("kind", ["example", "sampled"])
+@pytest.mark.parametrize("kind", ["example", "sampled", "local", "both"])
 def test_noise_of_the_client_holds_against_all_three(real_run, kind):
     report = report_of(real_run(kind))
     against = report["statement"]["epsilon"]["adversaries"]
@@ -72,7 +72,27 @@ def test_noise_of_the_client_holds_against_all_three(real_run, kind):
     assert {against[who] for who in ("report_reader", "other_client", "server")} == {worst}
 
 
-@pytest.mark.parametrize("kind", ["client", "secret", "adaptive"])
+def test_both_promises_and_noised_tests_stand_beside_the_headline(real_run):
+    report = report_of(real_run("both"))
+    stated, client = report["statement"]["epsilon"], report["privacy"]["clients"][0]
+    assert stated["whole"]["most"] == report["privacy"]["worst_whole_epsilon"] <= 9
+    assert stated["tests"]["most"] == report["privacy"]["worst_tests_epsilon"] <= 4
+    assert client["whole"]["epsilon_total"] == pytest.approx(client["whole"]["epsilon"], rel=1e-3)
+    assert "account of its own" in report["statement"]["unit"]["means"]
+    assert "charged to accounts of their test examples" in report["statement"]["composition"]["evaluation"]
+    alone = report_of(real_run("example"))["statement"]["epsilon"]
+    assert (alone["whole"], alone["tests"]) == (None, None)
+
+
+@pytest.mark.parametrize(("kind", "words"), [("fixed", "fixed size"), ("turns", "by turns"), ("secret", "Poisson")])
+def test_how_clients_are_drawn_is_said_as_it_is_accounted(real_run, kind, words):
+    report = report_of(real_run(kind))
+    assert report["statement"]["sampling"]["kind"].startswith(words)
+    assert (report["privacy"]["clients"][0]["population"] > 0) == (kind == "fixed")
+    assert report["statement"]["trust"]["participation_secret"] == (kind != "turns")
+
+
+@pytest.mark.parametrize("kind", ["client", "secret", "adaptive", "fixed", "turns"])
 def test_noise_of_the_server_does_not_hold_against_the_server(real_run, kind):
     stated = report_of(real_run(kind))["statement"]
     against = stated["epsilon"]["adversaries"]
@@ -80,8 +100,8 @@ def test_noise_of_the_server_does_not_hold_against_the_server(real_run, kind):
     assert against["server"] is None
     assert "before it adds the noise" in against["server_reason"]
     assert next(party for party in stated["trust"]["parties"] if party["party"] == "server")["before_noise"]
-    assert stated["trust"]["participation_secret"] == (kind == "secret")
-    assert (stated["sampling"]["actual_cohort"] is None) == (kind == "secret")
+    assert stated["trust"]["participation_secret"] == (kind in ("secret", "fixed"))
+    assert (stated["sampling"]["actual_cohort"] is None) == (kind in ("secret", "fixed"))
 
 
 @pytest.mark.parametrize(("kind", "why"), [("none", "no privacy was asked for"), ("seeded", "seeded")])
@@ -163,7 +183,13 @@ def test_one_point_allows_what_its_epsilon_and_delta_allow():
 
 def test_a_large_fleet_has_few_bins_and_a_bound_for_clients_that_differ():
     clients = [
-        {"epsilon": 1 + i / 900, "sampling_rate": 0.1, "noise_multiplier": 1 + i / 100, "steps": 100 + i}
+        {
+            "epsilon": 1 + i / 900,
+            "sampling_rate": 0.1,
+            "noise_multiplier": 1 + i / 100,
+            "population": 0,
+            "steps": 100 + i,
+        }
         for i in range(900)
     ]
     found = guarantee.histogram([client["epsilon"] for client in clients])

@@ -32,6 +32,7 @@ BESIDE = {
     "bytes.down",
     "rounds",
     "privacy.clients[].delta_total",
+    *(f"privacy.clients[].{one}.{key}_total" for one in ("whole", "tests") for key in ("epsilon", "delta")),
     "statement.composition.earlier_runs",
     "statement.post_processing.files[].bytes",
     "statement.sampling.actual_cohort.least",
@@ -79,7 +80,7 @@ def test_any_figure_that_is_edited_breaks_the_digest(real_run, kind):
         assert provenance.digest(edited(report, at)) != report["digest"], at
 
 
-@pytest.mark.parametrize("kind", ["example", "client"])
+@pytest.mark.parametrize("kind", ["example", "client", "both"])
 def test_a_figure_that_is_edited_with_its_digest_is_found_by_arithmetic(real_run, kind):
     report = report_of(real_run(kind))
     assert list(arithmetic.errors(report)) == []
