@@ -60,7 +60,7 @@ def units(figure: Figure) -> None:
     axes = figure.add_subplot()
     axes.set_axis_off()
     axes.set_xlim(-1, 101)
-    axes.set_ylim(0, 90)
+    axes.set_ylim(-28.5, 90)
     for x, who in ((14, "a client"), (52, "the server"), (88, "readers of the model")):
         axes.text(x, 87.5, who, ha="center", color=MUTED)
     alone = "each example's gradient\nclipped and added up,\nnoise added here"
@@ -68,17 +68,30 @@ def units(figure: Figure) -> None:
     _row(axes, 35, "client", "the whole update\nclipped", "adds up clipped updates,\nnoise added here", 8)
     both = "noise for each example,\nthen the whole update\nclipped"
     _row(axes, 6.5, "both", both, "adds up,\nmore noise for clients", 1, whole=True)
+    _row(
+        axes,
+        -22,
+        "local",
+        "the whole update\nclipped, noise added here",
+        "adds up what is\nalready noised",
+        8,
+        bare=False,
+    )
     axes.text(
         0,
-        1,
+        -27.5,
         "blue: what the promise hides, and what it holds for; orange: what it does not cover",
         color=MUTED,
         fontsize=9.5,
     )
 
 
-def _row(axes: Axes, y: float, unit: str, client: str, server: str, hidden: int, whole: bool = False) -> None:
-    """hidden: how many of the client's eight examples are the unit; whole: the client is one as well."""
+def _row(
+    axes: Axes, y: float, unit: str, client: str, server: str, hidden: int, whole: bool = False, bare: bool = True
+) -> None:
+    """hidden: how many of the client's eight examples are the unit; whole: the client is one as well; bare: whether all
+    eight leave it without noise.
+    """
     axes.text(0, y + 18.6, f"privacy.unit={unit}", family="DejaVu Sans Mono", fontsize=10.5)
     for x, width, text in ((0, 28, client), (40, 24, server), (78, 20, "see the model\nafter each round")):
         corner = "round,pad=0,rounding_size=1.5"
@@ -90,7 +103,7 @@ def _row(axes: Axes, y: float, unit: str, client: str, server: str, hidden: int,
     if whole or hidden == 8:
         corner = "round,pad=0,rounding_size=1.2"
         axes.add_patch(FancyBboxPatch((3.4, y + 11.9), 23.2, 3.4, boxstyle=corner, fc="none", ec=BLUE))
-    sent = ("noised", BLUE) if hidden < 8 else ("bare", ORANGE)
+    sent = ("noised", BLUE) if hidden < 8 or not bare else ("bare", ORANGE)
     for start, end, (label, colour) in ((29.3, 40.7, sent), (65.3, 78.7, ("noised", BLUE))):
         patch = FancyArrowPatch(
             (start, y + 8.5), (end, y + 8.5), arrowstyle="-|>", mutation_scale=13, color=colour, lw=1.8
