@@ -118,7 +118,8 @@ def train(
     """Local SGD on `model`, in place; returns the steps taken: task.steps, or fewer where the deadline came first.
 
     With a mechanism every gradient comes clipped and noised from DP-SGD. The proximal term (FedProx, Li et al. 2020,
-    eq. 2) is added to the gradient afterwards: it depends on weights alone, so it costs no privacy and stays exact.
+    eq. 2) and weight decay are added to the gradient afterwards: they depend on weights alone, so they cost no privacy
+    and stay exact.
     """
     stop = time.monotonic() + task.deadline if task.deadline else float("inf")
     seeds = settings.run.seed, settings.privacy.noise_seed
@@ -148,6 +149,8 @@ def train(
                     continue
                 if local.proximal:
                     parameter.grad.add_(parameter - start[i], alpha=local.proximal)
+                if local.weight_decay:
+                    parameter.grad.add_(parameter, alpha=local.weight_decay)
                 parameter.sub_(parameter.grad, alpha=task.rate)
         steps += 1
     if private is not None:

@@ -46,6 +46,7 @@ class Local(Section):
     rate: float = Field(0.1, gt=0, description="learning rate of local SGD")
     decay: float = Field(0.0, ge=0, lt=1, description="share of local.rate that is lost, linearly, by the last round")
     proximal: float = Field(0.0, ge=0, description="FedProx: pull towards the round's weights (acts after DP noise)")
+    weight_decay: float = Field(0.0, ge=0, description="pull towards zero, L2 (acts after DP noise)")
 
 
 class Server(Section):

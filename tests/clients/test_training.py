@@ -80,9 +80,10 @@ def test_the_same_task_gives_the_same_bytes_and_leaves_torchs_generator_alone(tm
     assert answer(node, made_task(node)) == first
 
 
-def drift(mechanism: Mechanism | None, proximal: float) -> float:
+def drift(mechanism: Mechanism | None, proximal: float, weight_decay: float = 0.0) -> float:
     """Distance from the start after many steps towards labels that never change."""
-    settings = override(Settings(), f"local.proximal={proximal} local.batch=0 privacy.noise_seed=1")
+    text = f"local.proximal={proximal} local.weight_decay={weight_decay} local.batch=0 privacy.noise_seed=1"
+    settings = override(Settings(), text)
     model = nn.Linear(6, 3)
     load(model, np.zeros(21, np.float32))
     task = Task("train", 1, "a", flatten(model), layout(model), rate=0.5, steps=60, mechanism=mechanism, clip=1e6)
@@ -95,6 +96,12 @@ def test_the_proximal_term_acts_under_dp_as_it_does_without() -> None:
     private = drift(Mechanism(1.0, 0.0), 1.0)
     assert held < 0.6 * free
     assert private == pytest.approx(held, rel=0.05)
+
+
+def test_weight_decay_acts_under_dp_as_it_does_without() -> None:
+    free, held = drift(None, 0.0), drift(None, 0.0, 1.0)
+    assert held < 0.6 * free
+    assert drift(Mechanism(1.0, 0.0), 0.0, 1.0) == pytest.approx(held, rel=0.05)
 
 
 def test_seeded_noise_is_the_same_again_and_real_noise_never_is(tmp_path: Path) -> None:
