@@ -23,6 +23,7 @@ from clients.task import Hello, Reply, Task
 from clients.training import Node, answer
 from privacy import accounting
 from privacy.plan import Mechanism
+from privacy.promise import promise
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario
 from scenarios.settings import Settings, override
@@ -30,6 +31,7 @@ from server import budget, compare, console, facts, results, rounds
 from server import run as job
 from server.embedded import EmbeddedFleet
 from server.record import RunFolder
+from server.references import NoJournal
 from server.state import Row, Score, ServerState, first_state
 
 NAMES = [f"site-{i:02}" for i in range(20)]
@@ -60,7 +62,7 @@ def nobody(task: Task, reply: Reply) -> Reply:
 
 
 @dataclass
-class Watched:
+class Watched(NoJournal):
     """The fleet with every reply passed through `bend`, and a journal that keeps the rows."""
 
     fleet: EmbeddedFleet
@@ -235,7 +237,7 @@ def test_what_clients_measure_is_named_as_not_covered_where_they_evaluate(unit: 
 
 def not_covered(text: str) -> list[str]:
     node: Any = SimpleNamespace(settings=override(made().settings, text))
-    return facts._not_covered(node, {})
+    return facts._not_covered(node, promise(node.settings.privacy.unit).not_covered, {})
 
 
 # pfl: a cohort of 50 with the noise of one of 1000 (noise_scale 0.05), quoted at the epsilon of the 1000.

@@ -96,7 +96,7 @@ def test_a_misspelt_name_is_refused_with_the_right_one(name):
         ("rounds.fraction=1.5", ["rounds.fraction=1.5", "less than or equal to 1"]),
         ("local.rate=nan", ["local.rate=nan", "greater than 0|finite"]),
         ("local.rate=inf", ["local.rate=inf", "finite"]),
-        ("privacy.unit=person", ["privacy.unit=person", "'none', 'example', 'client' or 'local'"]),
+        ("privacy.unit=person", ["privacy.unit=person", "'none', 'example', 'client', 'both' or 'local'"]),
         ("server.normalize=maybe", ["server.normalize=maybe", "boolean"]),
         ("run.seed=-1", ["run.seed=-1", "greater than or equal to 0"]),
         ("run.data='open", ["No closing quotation", "name=value"]),
