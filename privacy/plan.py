@@ -62,3 +62,8 @@ class Plan:
     """Delta spent beside the steps: the chance that a draw of clients falls short (privacy/cohort_noise.py)."""
     whole: "Plan | None" = None
     """Where the client has a promise for each example and one for itself: the second, which all clients share."""
+
+    @property
+    def parts(self) -> tuple["Plan", ...]:
+        """Each promise by itself, in the order of the client's accounts."""
+        return (self, self.whole) if self.whole else (self,)

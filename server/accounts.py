@@ -193,30 +193,42 @@ def prepared(
                 f"{path} does not go on from what this run wrote into its ledger: bring that file back, or name its "
                 "folder by --state"
             )
-    ledger, opened = Ledger(path), dict[Account, tuple[float | None, float]]()
-    asks: dict[str, tuple[Cost, ...]] = {}
-    data, budget = scenario.dataset or scenario.name, settings.privacy.budget
-    unit = "example" if settings.privacy.unit == "both" else settings.privacy.unit
+    ledger, asks = Ledger(path), costs(scenario, settings, roster, plans)
+    examined = {name: (cost, tests[name].steps) for name, cost in test_costs(scenario, tests).items()}
+    budget, opened = settings.privacy.budget, dict[Account, tuple[float | None, float]]()
     for name, plan in plans.items():
-        first = Cost(Account(unit, name, data), plan.mechanism, round_steps(settings, roster[name].examples))
-        opened[first.account] = budget, plan.delta
-        asks[name] = (first,)
-        if plan.whole:
-            whole = Cost(Account("client", name, data), plan.whole.mechanism, 1, by_round=True)
-            opened[whole.account] = budget, plan.whole.delta
-            asks[name] = first, whole
-    examined = {}
-    for name, plan in tests.items():  # other examples than those it trains on, so an account of their own
-        cost = Cost(Account("example", name, data + TESTS), plan.mechanism, 1, by_round=True)
-        opened[cost.account] = budget, plan.delta
-        examined[name] = cost, plan.steps
+        opened |= {cost.account: (budget, part.delta) for cost, part in zip(asks[name], plan.parts, strict=True)}
+    opened |= {cost.account: (budget, tests[name].delta) for name, (cost, _) in examined.items()}
     ledger.read()
     _seen_by_devices(ledger, roster)
-    for cost in (cost for costs in asks.values() for cost in costs):
+    for cost in (cost for paid in asks.values() for cost in paid):
         known = ledger.accounts.get(cost.account)
         accounting.one_adjacency([cost.mechanism, *(+known.history if known else ())])
     ledger.open(opened, _window(settings), {asks[name][0].account: roster[name].digest for name in plans})
     return Accounts(folder, max(1, settings.rounds.minimum), ledger, run, asks, examined)
+
+
+def costs(
+    scenario: Scenario, settings: Settings, roster: Mapping[str, Hello], plans: Mapping[str, Plan]
+) -> dict[str, tuple[Cost, ...]]:
+    """What a round costs the accounts of every client, in the order of its plan's parts."""
+    data = scenario.dataset or scenario.name
+    unit = "example" if settings.privacy.unit == "both" else settings.privacy.unit
+    made: dict[str, tuple[Cost, ...]] = {}
+    for name, plan in plans.items():
+        first = Cost(Account(unit, name, data), plan.mechanism, round_steps(settings, roster[name].examples))
+        made[name] = (first,)
+        if plan.whole:
+            made[name] = first, Cost(Account("client", name, data), plan.whole.mechanism, 1, by_round=True)
+    return made
+
+
+def test_costs(scenario: Scenario, tests: Mapping[str, Plan]) -> dict[str, Cost]:
+    """What a noised evaluation costs every client's test examples, which are others than those it trains on."""
+    data = (scenario.dataset or scenario.name) + TESTS
+    return {
+        name: Cost(Account("example", name, data), plan.mechanism, 1, by_round=True) for name, plan in tests.items()
+    }
 
 
 def check(settings: Settings) -> None:

@@ -20,7 +20,7 @@ from privacy import accounting, renyi
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios.settings import Settings, override
-from server import budget, planner
+from server import budget, planner, purses
 from server.embedded import EmbeddedFleet
 from server.planner import Answer
 from server.references import NoJournal
@@ -71,6 +71,10 @@ class Forecast:
     """Epsilon that all these federations would spend together, of the client that pays most."""
     reason: str = ""
     """Why there is no accuracy."""
+    whole: float | None = None
+    """The cost to a client as a whole, where it has a promise of its own."""
+    tests: float | None = None
+    """The cost to a client's test examples, where what is said of them is noised."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def forecast(found: Answer, progress: Callable[[int, int], None], seconds: float
         settings = found.settings
         node = Node(found.scenario, settings, found.scenario.data(settings), Path(states))
         fleet = EmbeddedFleet(node)
-        score = scorer(node, fleet, sorted(found.roster))
+        score = scorer(node, fleet, sorted(found.roster), found.tests)
         per_round = _seconds_a_round(fleet, found, node, seconds)
         if (fits := schedule(per_round, settings.rounds.number, seconds)) is None:
             raise Refused(
@@ -108,6 +112,7 @@ def forecast(found: Answer, progress: Callable[[int, int], None], seconds: float
         total, done, began = len(tried) * REPEATS * number, 0, time.monotonic()
         reached: dict[float, list[float]] = {epsilon: [] for epsilon, _, _ in tried}
         spent: dict[str, Counter[Mechanism]] = {name: Counter() for name in found.plans}
+        wholes: Counter[Mechanism] = Counter()
         nearest = sorted(tried, key=lambda one: abs(math.log(one[0] / settings.privacy.epsilon)))
         for epsilon, short, plans in nearest * REPEATS:
             enough = all(reached.values()) and len(reached[nearest[0][0]]) >= REPEATS
@@ -122,11 +127,18 @@ def forecast(found: Answer, progress: Callable[[int, int], None], seconds: float
                 reached[epsilon].append(accuracy)
             for name, client in last.clients.items():
                 spent[name][plans[name].mechanism] += client.steps
+            if (one := next(iter(plans.values())).whole) is not None:  # all share it, and each pays every round at most
+                wholes[one.mechanism] += max(client.whole for client in last.clients.values())
     points = [Point(epsilon, tuple(known)) for epsilon, known in reached.items() if known]
     predicted, spread = at(points, settings.privacy.epsilon)
     cost = _together([(spent[name], plan.delta) for name, plan in found.plans.items()])
     reason = "" if points else "nobody could evaluate a model: no test data, or nothing finite came of it"
-    return Forecast(tuple(points), number, settings.rounds.number, predicted, spread, cost, reason)
+    shared = next(iter(found.plans.values())).whole
+    whole = None if shared is None else accounting.epsilon(wholes, shared.delta)
+    times = sum(len(known) for known in reached.values())
+    tests = [(Counter({plan.mechanism: times}), plan.delta) for plan in found.tests.values()]
+    examined = _together(tests) if tests else None
+    return Forecast(tuple(points), number, settings.rounds.number, predicted, spread, cost, reason, whole, examined)
 
 
 def at(points: Sequence[Point], epsilon: float) -> tuple[float | None, float | None]:
@@ -201,16 +213,21 @@ def _plans(
 
 def _payable(found: Answer, epsilon: float, short: Settings) -> dict[str, int]:
     """Rounds of a short federation that each client with a budget can be asked in."""
-    if all(purse.budget is None for purse in found.held.values()):
+    if all(purse.budget is None for owned in found.held.values() for purse in owned):
         return {}
     whole = override(found.settings, f"privacy.epsilon={epsilon!r}")
     try:
         plans = budget.plans(found.roster, whole)
     except Refused:
         return {}
-    held = planner.hold(replace(found, settings=whole, plans=plans))
+    held = planner.hold(replace(found, settings=whole, plans=plans)).held
     share = short.rounds.number / found.settings.rounds.number
-    return {name: math.floor(purse.rounds * share) for name, purse in held.items() if not purse.pays}
+    able = purses.able(held)
+    return {
+        name: math.floor(min(purse.rounds for purse in owned) * share)
+        for name, owned in held.items()
+        if name not in able
+    }
 
 
 def _together(spent: Sequence[tuple[Counter[Mechanism], float]]) -> float:

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from privacy import certificate, search
-from privacy.plan import History
+from privacy.plan import History, Plan
+from privacy.refused import Refused
 from privacy.search import Repetitions
 from scenarios.settings import Settings, knobs, override
 from server import planner, select
 from server.accounts import ledger_path
 from server.forecast import Forecast
 from server.planner import Answer
-from server.purses import middle, refused
+from server.purses import Purse, middle, refused
 
 Facts = dict[str, Any]
 _ALWAYS = ("privacy.epsilon", "rounds.number")
@@ -48,6 +49,10 @@ def collect(reference: str, found: Answer, foreseen: Forecast | str, sought: "So
         "epsilon": found.epsilon,
         "epsilon_reason": why,
         "delta": plan.delta + plan.chance if plan else None,
+        "whole": _whole(found),
+        "whole_reason": why or (None if plan and plan.whole else "a client has one promise (privacy.unit=both: two)"),
+        "tests": _tests(found),
+        "tests_reason": why or (None if found.tests else "test results are not noised (evaluation.epsilon is not set)"),
         "clients": {"count": len(sizes), **{f"examples_{key}": size for key, size in middle(sizes).items()}},
         "per_size": list(_per_size(found)),
         "spent": _spent(found),
@@ -82,6 +87,13 @@ class Sought:
         """trials: on average, of a secret search; of one that shows all of them, so many, rounded up."""
         self.trials, self.distribution, self.count = trials, distribution, len(answers)
         self.repetitions, number = Repetitions.named(distribution, trials), -int(-trials // 1)
+        if any(one.whole is not None or one.tests for one in answers):
+            raise Refused(
+                "a search is accounted for one promise: with privacy.unit=both or evaluation.epsilon each "
+                "account of a client would need its own figure; search without them"
+            )
+        if len({one.settings.privacy.unit for one in answers}) > 1:
+            raise Refused("candidates of one search protect the same unit: what is spent on two does not add up")
         clients = sorted(answers[0].plans)
         alike: dict[object, tuple[float, float]] = {}
         for name in clients:
@@ -104,6 +116,55 @@ class Sought:
         self.composition, self.selection = (max(values) for values in zip(*alike.values(), strict=True))
 
 
+def _whole(found: Answer) -> Facts | None:
+    """The promise to each client as a whole, which all share, beside that to its examples."""
+    plan = found.plans[found.binding].whole if found.plans else None
+    if plan is None:
+        return None
+    return _promise(plan, found.whole, [owned[1] for owned in found.held.values()])
+
+
+def _tests(found: Answer) -> Facts | None:
+    """The promise to the client's test examples whose noise is largest; who cannot pay is not asked to evaluate."""
+    if not found.plans or not found.tests:
+        return None
+    plan = max(found.tests.values(), key=lambda plan: plan.mechanism.noise_multiplier)
+    held = list(found.examined.values())
+    return {
+        **_promise(plan, planner.certified(found.tests.values()), held),
+        "evaluations": plan.steps,
+        "refused": [_short(found, purse) for purse in held if not purse.pays],
+    }
+
+
+def _promise(plan: Plan, epsilon: float | None, held: Sequence[Purse]) -> Facts:
+    return {
+        "noise_multiplier": plan.mechanism.noise_multiplier,
+        "clip": plan.clip,
+        "epsilon": epsilon,
+        "delta": plan.delta + plan.chance,
+        "sampling_rate": plan.mechanism.sampling_rate,
+        "spent": max((purse.spent for purse in held), default=None),
+        "epsilon_total": max((purse.after for purse in held), default=None),
+        "reason": None if held else "a run with privacy.noise_seed promises nothing and charges no ledger",
+    }
+
+
+def _short(found: Answer, purse: Purse) -> Facts:
+    """What an account that cannot pay for every round has."""
+    return {
+        "client": purse.client,
+        "unit": purse.account.unit,
+        "dataset": purse.account.dataset,
+        "examples": found.roster[purse.client].examples,
+        "spent": purse.spent,
+        "budget": purse.budget,
+        "left": purse.left,
+        "rounds": purse.rounds,
+        "of": purse.of,
+    }
+
+
 def _per_size(found: Answer) -> list[Facts]:
     """One row for each size of a client, smallest first; of clients of one size that differ, the costliest."""
     groups: dict[int, list[str]] = defaultdict(list)
@@ -116,7 +177,7 @@ def _per_size(found: Answer) -> list[Facts]:
     rows = []
     for size, names in sorted(groups.items()):
         plan = found.plans.get(names[0])
-        held = [found.held[name] for name in names if name in found.held]
+        held = [found.held[name][0] for name in names if name in found.held]
         rows.append(
             {
                 "examples": size,
@@ -146,23 +207,12 @@ def _spent(found: Answer) -> Facts:
             "ledger": None,
             "reason": reason,
         }
-    held = list(found.held.values())
+    held = [owned[0] for owned in found.held.values()]
     cannot = refused(found.held)
     return {
         **middle([purse.spent for purse in held]),
         "epsilon_total": middle([purse.after for purse in held]),
-        "refused": [
-            {
-                "client": purse.client,
-                "examples": found.roster[purse.client].examples,
-                "spent": purse.spent,
-                "budget": purse.budget,
-                "left": purse.left,
-                "rounds": purse.rounds,
-                "of": purse.of,
-            }
-            for purse in cannot
-        ],
+        "refused": [_short(found, purse) for purse in cannot],
         "affordable_epsilon": planner.everyone_pays(found, len(held)) if cannot else None,
         "ledger": str(ledger_path(found.scenario, found.settings, "embedded")),
         "reason": None,
@@ -172,6 +222,7 @@ def _spent(found: Answer) -> Facts:
 def _curve(foreseen: Forecast | str) -> Facts:
     if isinstance(foreseen, str):
         none = dict.fromkeys(("predicted_accuracy", "predicted_spread", "curve_rounds", "curve_cost_epsilon"))
+        none |= dict.fromkeys(("curve_cost_whole_epsilon", "curve_cost_tests_epsilon"))
         return {**none, "predicted_accuracy_reason": foreseen, "curve": [], "curve_reason": foreseen}
     return {
         "predicted_accuracy": foreseen.accuracy,
@@ -182,6 +233,8 @@ def _curve(foreseen: Forecast | str) -> Facts:
         ],
         "curve_rounds": foreseen.rounds,
         "curve_cost_epsilon": foreseen.cost,
+        "curve_cost_whole_epsilon": foreseen.whole,
+        "curve_cost_tests_epsilon": foreseen.tests,
         "curve_reason": foreseen.reason or None,
     }
 

@@ -16,6 +16,7 @@ MOST_SIZES = 9
 UNITS: dict[str, str] = {
     "example": "one training example",
     "client": "one whole client",
+    "both": "one training example, and one whole client",
     "local": "one whole client, also from the server",
 }
 CURVE_WARNING = (
@@ -70,7 +71,8 @@ def _plan(facts: Facts) -> Table:
     whose = "of every client" if one else f"the most; {facts['client']} needs it"
     steps = "1 step" if facts["local_steps"] == 1 else f"{facts['local_steps']} steps"
     count, forecast = facts["clients"]["count"], _predicted(facts)
-    drawn = " on average" if facts["unit"] == "client" and facts["sampling_rate"] < 1 else ""
+    by_client = facts["whole"] or (facts if facts["unit"] == "client" else None)
+    drawn = " on average" if by_client and by_client["sampling_rate"] < 1 else ""
     return _table(
         [
             ("Noise multiplier", f"{noise}, {whose}"),
@@ -80,9 +82,24 @@ def _plan(facts: Facts) -> Table:
             ("Local work", f"{steps} a round, sampling rate {units.number(facts['sampling_rate'])}"),
             ("ε", f"{units.epsilon(facts['epsilon'])} of {facts['target']['epsilon']:g}, worst client"),
             ("δ", units.scientific(facts["delta"])),
+            *_second("Client as a whole", facts["whole"]),
+            *_second("Test examples", facts["tests"]),
             ("Predicted accuracy", forecast),
         ]
     )
+
+
+def _second(name: str, promise: Facts | None) -> list[tuple[str, str]]:
+    """The promise beside that to the training examples, in a row."""
+    if promise is None:
+        return []
+    noise, epsilon = units.number(promise["noise_multiplier"]), units.epsilon(promise["epsilon"])
+    times = f", {promise['evaluations']} evaluations" if "evaluations" in promise else ""
+    clip, delta = f"clip {promise['clip']:.4g}", units.scientific(promise["delta"])
+    rows = [(name, f"ε {epsilon}, δ {delta}, noise multiplier {noise}, {clip}{times}")]
+    if out := promise.get("refused"):
+        rows.append(("", f"{len(out)} cannot pay for every evaluation; {out[0]['client']}: {_short_of(out[0])}"))
+    return rows
 
 
 def _predicted(facts: Facts) -> str:
@@ -132,7 +149,10 @@ def _ledger(spent: Facts) -> Table:
     ]
     if out := spent["refused"]:
         ways = spent["affordable_epsilon"]
-        rows += [(f"{one['client']} cannot pay", _short_of(one)) for one in out[:MOST_SIZES]]
+        rows += [
+            (f"{one['client']} cannot pay", f"{_short_of(one)} ({one['unit']}, {one['dataset']})")
+            for one in out[:MOST_SIZES]
+        ]
         rows += [("", f"and {len(out) - MOST_SIZES} more")] if len(out) > MOST_SIZES else []
         rows.append(("Everyone can pay", f"at ε {ways:g}" if ways else "at no ε: someone has nothing left"))
     else:

@@ -1,4 +1,4 @@
-"""Purses: what each client's account would pay of a planned run, read from the ledger that the run would charge.
+"""Purses: what each account of a client would pay of a planned run, read from the ledger that the run would charge.
 
 Nothing is opened, reserved or written here; a ledger that a run would refuse is refused in the same words.
 """
@@ -6,34 +6,40 @@ Nothing is opened, reserved or written here; a ledger that a run would refuse is
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from privacy import accounting
 from privacy.ledger import Account, Ledger
 from privacy.plan import History, Plan
-from scenarios import Scenario
-from scenarios.settings import Settings
+from server.accounts import Cost
+
+Charge = tuple[Cost, Plan]
+"""What a round (an evaluation) costs an account, and the promise that is kept to it."""
 
 
 @dataclass(frozen=True)
 class Purse:
-    """One client's account before a run, and after it."""
+    """One account before a run, and after it."""
 
-    client: str
+    account: Account
     history: History
     """What its ledger holds."""
     delta: float
-    """What its account is accounted at: fixed when it was opened."""
+    """What it is accounted at: fixed when it was opened."""
     budget: float | None
     spent: float
     """Epsilon of `history`."""
     rounds: int
-    """How many of the run's rounds it can be asked in, of `of`."""
+    """How many of the run's rounds (evaluations) it can be asked in, of `of`."""
     of: int
     after: float
     """Epsilon over the ledger's life once it took part in those rounds."""
+
+    @property
+    def client(self) -> str:
+        return self.account.client
 
     @property
     def pays(self) -> bool:
@@ -45,31 +51,33 @@ class Purse:
         return None if self.budget is None else max(0.0, self.budget - self.spent)
 
 
-def purses(
-    scenario: Scenario, settings: Settings, path: Path, plans: Mapping[str, Plan], total: int
-) -> dict[str, Purse]:
-    """The purse of every client with a plan, for `total` rounds, recovery included.
+Held = Mapping[str, tuple[Purse, ...]]
+"""Every client's purses, in the order of its plan's parts: it takes part where all of them pay."""
 
-    Raises Refused for a damaged ledger, and for a privacy.budget that is not the one an account was opened with.
+
+def purses(path: Path, budget: float | None, charges: Iterable[Charge]) -> dict[Account, Purse]:
+    """The purse of every account, for as many rounds as its plan is made for.
+
+    Raises Refused for a damaged ledger, and for a budget that is not the one an account was opened with.
     """
     ledger = Ledger(path)
     ledger.read()
-    made: dict[str, Purse] = {}
+    made: dict[Account, Purse] = {}
     known: dict[object, tuple[int, float, float]] = {}
-    for name, plan in plans.items():
-        account = Account(settings.privacy.unit, name, scenario.dataset or scenario.name)
+    for cost, plan in charges:
         history: History = Counter()
-        delta, budget = plan.delta, settings.privacy.budget
-        if (standing := ledger.accounts.get(account)) is not None:
+        delta, limit, of = plan.delta, budget, plan.steps // cost.steps
+        if (standing := ledger.accounts.get(cost.account)) is not None:
             history = +standing.history
-            budget, delta, _ = ledger.terms(account, budget, None)
-        key = frozenset(history.items()), plan.mechanism, plan.steps, delta, budget
+            limit, delta, _ = ledger.terms(cost.account, budget, None)
+            accounting.one_adjacency([cost.mechanism, *history])
+        key = frozenset(history.items()), plan.mechanism, plan.steps, cost.steps, delta, limit
         if key not in known:
-            rounds = _payable(history, plan, delta, budget, total)
+            rounds = _payable(history, cost, delta, limit, of)
             spent = accounting.epsilon(history, delta)
-            known[key] = rounds, spent, accounting.epsilon(_with(history, plan, rounds * (plan.steps // total)), delta)
+            known[key] = rounds, spent, accounting.epsilon(_with(history, cost, rounds * cost.steps), delta)
         rounds, spent, after = known[key]
-        made[name] = Purse(name, history, delta, budget, spent, rounds, total, after)
+        made[cost.account] = Purse(cost.account, history, delta, limit, spent, rounds, of, after)
     return made
 
 
@@ -80,8 +88,8 @@ def affordable(purse: Purse, plan: Plan, max_noise: float) -> float | None:
         return plan.epsilon
 
     def fits(noise: float) -> bool:
-        louder = replace(plan, mechanism=replace(plan.mechanism, noise_multiplier=noise))
-        return accounting.epsilon(_with(purse.history, louder, plan.steps), purse.delta) <= (purse.budget or 0)
+        louder = Counter({replace(plan.mechanism, noise_multiplier=noise): plan.steps})
+        return accounting.epsilon(Counter(purse.history) + louder, purse.delta) <= (purse.budget or 0)
 
     if not fits(max_noise):
         return None
@@ -93,9 +101,17 @@ def affordable(purse: Purse, plan: Plan, max_noise: float) -> float | None:
     return rounded_down(accounting.epsilon(louder, plan.delta))
 
 
-def refused(held: Mapping[str, Purse]) -> list[Purse]:
+def able(held: Held) -> list[str]:
+    """The clients of which every account pays for all its rounds."""
+    return [name for name, owned in held.items() if all(purse.pays for purse in owned)]
+
+
+def refused(held: Held) -> list[Purse]:
     """Those that cannot pay for every round, the poorest first."""
-    return sorted((purse for purse in held.values() if not purse.pays), key=lambda p: (p.rounds, p.left, p.client))
+    return sorted(
+        (purse for owned in held.values() for purse in owned if not purse.pays),
+        key=lambda purse: (purse.rounds, purse.left, purse.account),
+    )
 
 
 def middle(values: Sequence[float]) -> dict[str, float]:
@@ -109,20 +125,19 @@ def rounded_down(value: float) -> float:
     return float(f"{math.floor(value / unit) * unit:.3g}")
 
 
-def _with(history: History, plan: Plan, steps: int) -> History:
-    return Counter(history) + Counter({plan.mechanism: steps})
+def _with(history: History, cost: Cost, steps: int) -> History:
+    return Counter(history) + Counter({cost.mechanism: steps})
 
 
-def _payable(history: History, plan: Plan, delta: float, budget: float | None, total: int) -> int:
-    """The most of `total` rounds of `plan` after `history` that keep the budget, as the gate of a run would count."""
+def _payable(history: History, cost: Cost, delta: float, budget: float | None, of: int) -> int:
+    """The most of `of` rounds after `history` that keep the budget, as the gate of a run would count."""
 
     def fits(rounds: int) -> bool:
-        after = accounting.epsilon(_with(history, plan, rounds * (plan.steps // total)), delta)
-        return budget is None or after <= budget
+        return budget is None or accounting.epsilon(_with(history, cost, rounds * cost.steps), delta) <= budget
 
-    if fits(total):
-        return total
-    low, high = 0, total  # `low` fits or is no round at all
+    if fits(of):
+        return of
+    low, high = 0, of  # `low` fits or is no round at all
     while high - low > 1:
         half = (low + high) // 2
         low, high = (half, high) if fits(half) else (low, half)

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from scenarios.settings import Settings, override
 from server import budget, forecast, planner
 from server.forecast import Point
 from server.planner import Answer
-from server.purses import Purse
 
 BASE = (
     "rounds.number=6 rounds.average=2 local.batch=0 local.rate=4 export.recover_rounds=3 privacy.unit=example "
@@ -120,12 +118,23 @@ def test_who_cannot_pay_is_left_out_of_the_forecast_as_it_would_be_of_the_run() 
     out = [journal.reserve(number, {"a": 1, "b": 1, "c": 1}) for number in (1, 2, 3)]
     assert [sorted(names) for names in out] == [["b"], ["b"], ["a", "b"]]
     answer = found("privacy.budget=2.5")
-    held = {name: replace(purse, rounds=5) for name, purse in answer.held.items()}
-    assert isinstance(held["a"], Purse)
     payable = forecast._payable(answer, 4.0, answer.settings)
     assert set(payable) == set("abcd")
     assert all(0 < rounds < 6 for rounds in payable.values())
     assert forecast._payable(answer, 2.0, answer.settings) == {}
+
+
+@pytest.mark.parametrize("text", ["privacy.unit=both privacy.update_clip=0.5", "privacy.unit=client privacy.bands=2"])
+def test_it_trains_with_two_promises_and_by_turns(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "schedule", lambda *_: ((1.0,), 3))
+    answer = found(f"{text} rounds.number=3 privacy.epsilon=20")
+    foreseen = forecast.forecast(answer, lambda *_: None, UNHURRIED)
+    assert foreseen.accuracy is not None
+    assert (foreseen.whole is not None) == ("both" in text)
+    if foreseen.whole is not None:
+        shared = answer.plans["a"].whole
+        assert shared is not None
+        assert foreseen.whole == accounting.epsilon({shared.mechanism: 2 * 3}, shared.delta)
 
 
 def test_the_curve_never_falls_and_goes_through_points_that_do_not() -> None:
