@@ -128,14 +128,14 @@ def test_a_wrong_input_gives_one_line_and_exit_code_2_and_writes_nothing(
 def test_a_search_ends_with_its_trials_side_by_side_and_the_best_by_name(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    tried = "local.rate=1e-9 | local.rate=12"
+    tried = "privacy.epsilon=0.1 | privacy.epsilon=8"
     settings = f"{QUICK[1]} rounds.number=2"
     words = ["--candidates", tried, "--set", settings, "--out", str(tmp_path / "s")]
     code, out, _ = umbel(capsys, "search", "digits", *words)
     assert code == 0
     assert "plain composition" in out
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["1", "2"]
-    assert "Best on validation data local.rate=12 (" in " ".join(out.split())
+    assert "Best on validation data privacy.epsilon=8 (" in " ".join(out.split())
     code, _, err = umbel(capsys, "search", "digits", *words)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "not empty" in err
