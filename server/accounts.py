@@ -4,7 +4,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,12 +94,10 @@ class Accounts:
         known = self.ledger.seen.get(self.asks[task.client][0].account)
         return replace(task, charge=Charge(self.run, attempt, self.ledger.chain.head, known))
 
-    def heard(self, replies: Iterable[Reply]) -> Iterator[Reply]:
-        """The replies, as they come; the heads of the devices' own ledgers join the next commit (Journal)."""
-        for reply in replies:
-            if reply.head is not None:
-                self._heard[reply.client] = reply.head
-            yield reply
+    def heard(self, reply: Reply) -> None:
+        """The head of a device's own ledger joins the next commit (Journal)."""
+        if reply.head is not None:
+            self._heard[reply.client] = reply.head
 
     def commit(self, state: ServerState, row: Row, taken: Mapping[str, int]) -> None:
         """All or nothing (Journal), and then what these clients really released, which may be less than was reserved.

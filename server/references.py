@@ -1,7 +1,7 @@
 """What the run is measured against: one model trained on all data at once, and the same federation without privacy."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ class NoJournal:
     def charged(self, task: Task) -> Task:
         return task
 
-    def heard(self, replies: Iterable[Reply]) -> Iterator[Reply]:
-        return iter(replies)
+    def heard(self, reply: Reply) -> None:
+        """No device keeps a ledger for it."""
 
     def commit(self, state: ServerState, row: Row, taken: Any) -> None:
         """Nothing is kept."""

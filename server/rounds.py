@@ -40,8 +40,8 @@ class Journal(Protocol):
     def charged(self, task: Task) -> Task:
         """The task with what was written down of it, for the ledger of the device that adds its noise."""
 
-    def heard(self, replies: Iterable[Reply]) -> Iterator[Reply]:
-        """The replies; what devices say of their own ledgers is kept with the next commit."""
+    def heard(self, reply: Reply) -> None:
+        """What a device says of its own ledger is kept with the next commit."""
 
     def commit(self, state: ServerState, row: Row, taken: Mapping[str, int]) -> None:
         """All or nothing: weights, step state, account, metrics. taken: the steps of every good reply, by client."""
@@ -80,7 +80,7 @@ def rounds(
         # train; what comes back is decoded and checked one by one, and combined as it comes
         row = _new_row(state, number, chosen, tasks)
         accepted: dict[str, int] = {}
-        good = _good(journal.heard(fleet.ask(tasks)), tasks, roster, settings, codec, row, accepted)
+        good = _good(fleet.ask(tasks), tasks, roster, settings, codec, journal, row, accepted)
         if central is None:
             update = combined(good, settings.server)
         elif isinstance(central, BandedNoise):
@@ -211,12 +211,14 @@ def _good(
     roster: Mapping[str, Hello],
     settings: Settings,
     codec: codecs.Codec,
+    journal: Journal,
     row: Row,
     accepted: dict[str, int],
 ) -> Iterator[combine.Contribution]:
     """The replies that can be used, decoded; the others are named in `row`. Fills `accepted`: client -> steps taken."""
     for task, reply in zip(tasks, replies, strict=True):
         row["bytes_up"] += len(reply.payload)
+        journal.heard(reply)
         try:
             if reply.late:
                 row["late"].append(task.client)

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
@@ -25,8 +25,8 @@ class MetricsJournal(Protocol):
     def charged(self, task: Task) -> Task:
         """The task with its reservation."""
 
-    def heard(self, replies: Iterable[Reply]) -> Iterator[Reply]:
-        """The replies; what devices say of their own ledgers is kept."""
+    def heard(self, reply: Reply) -> None:
+        """What a device says of its own ledger is kept."""
 
 
 NOTHING = Score(None, None)
@@ -88,11 +88,12 @@ def _by_noised_clients(
         Task("evaluate", state.round, name, state.weights, state.layout, mechanism=tests[name].mechanism)
         for name in names
     ]
-    if journal is None:
-        replies = fleet.ask(tasks)
-    else:
-        replies = journal.heard(fleet.ask([journal.charged(task) for task in tasks]))
-    good = [reply for reply in replies if not reply.reason]
+    good = []
+    for reply in fleet.ask(tasks if journal is None else [journal.charged(task) for task in tasks]):
+        if journal is not None:
+            journal.heard(reply)
+        if not reply.reason:
+            good.append(reply)
     share = noisy_counts.accuracy(sum(reply.correct for reply in good), sum(reply.examples for reply in good))
     return NOTHING if share is None else Score(None, share)
 
