@@ -20,7 +20,7 @@ demo: env
 	$(BIN)/umbel run digits
 
 test: env
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: env
 	$(BIN)/ruff format --check .
