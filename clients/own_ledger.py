@@ -22,6 +22,8 @@ from privacy.refused import Refused
 
 _UNITS = ("example", "both", "local")
 """Units whose noise the client adds, or a part of it."""
+_LOCAL_DELTA = 1e-6
+"""A device does not know how many clients there are; 1 / n must be well above this."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,13 @@ class OwnLedger:
         if not self._kept(node) or not hello.examples:
             return hello
         ledger, account = Ledger(self.path), _account(node, hello.name)
-        self._open(ledger, account, accounting.default_delta(hello.examples), {account: hello.digest})
+        self._open(ledger, account, _delta(node, hello.examples), {account: hello.digest})
         return replace(hello, head=ledger.seal(), seen=ledger.seen.get(account))
 
     def answer(self, node: Node, task: Task) -> Reply:
         """Do what `task` asks, if the account pays for it. Never raises: a failure is a Reply with a reason."""
         try:
-            if not self._kept(node) or (task.kind == "evaluate" and node.settings.evaluation.epsilon is None):
+            if not self._kept(node, task.kind == "evaluate"):
                 return training.answer(node, task)
             if not (task.mechanism or task.update_noise) or task.charge is None:
                 raise Refused("the task is not charged to a ledger, or is without noise")
@@ -86,7 +88,7 @@ class OwnLedger:
         if ledger.attempt(charge.run, account) == (task.round, charge.attempt):
             return self._again(account, task, charge)
         known = ledger.accounts.get(account)
-        delta = known.delta if known else accounting.default_delta(len(node.federation.client(task.client).y))
+        delta = known.delta if known else _delta(node, len(node.federation.client(task.client).y))
         self._open(ledger, account, delta)
         by_round = task.mechanism is None or task.kind == "evaluate"  # one release, whatever the local steps
         mechanism = task.mechanism or Mechanism(1.0, task.update_noise)
@@ -105,15 +107,21 @@ class OwnLedger:
     def _open(self, ledger: Ledger, account: Account, delta: float, data: dict[Account, str] | None = None) -> None:
         ledger.open({account: (self.budget, delta)}, data=data or {})
 
-    def _kept(self, node: Node) -> bool:
-        """Whether tasks of this run are charged here. Raises Refused where a budget could not be kept."""
+    def _kept(self, node: Node, tests: bool = False) -> bool:
+        """Whether tasks of this run (tests: its evaluations) are charged here.
+
+        Raises Refused where a budget could not be kept.
+        """
         wanted = node.settings.privacy
         charged = wanted.unit in _UNITS and wanted.noise_seed is None
         if self.budget is not None and not charged:
             raise Refused(
-                f"the owner's budget of {self.budget:g} is for noise that this node adds: privacy.unit=example, and no "
-                "privacy.noise_seed"
+                f"the owner's budget of {self.budget:g} is for noise that this node adds: privacy.unit="
+                f"{', '.join(_UNITS)}, and no privacy.noise_seed"
             )
+        if tests:
+            noised = node.settings.evaluation.epsilon is not None and wanted.unit != "none"
+            return noised and wanted.noise_seed is None
         return charged
 
     def _keep(self, account: Account, reply: Reply, charge: Charge) -> None:
@@ -138,6 +146,12 @@ class OwnLedger:
 
     def _file(self, account: Account) -> Path:
         return self.folder / f"{hashlib.sha256(json.dumps(account).encode()).hexdigest()[:16]}.reply"
+
+
+def _delta(node: Node, examples: int) -> float:
+    """privacy.delta, else 1 / (10 x the examples); where the unit is a client one for a fleet of any likely size."""
+    wanted = node.settings.privacy
+    return wanted.delta or (_LOCAL_DELTA if wanted.unit == "local" else accounting.default_delta(examples))
 
 
 def _account(node: Node, client: str, tests: bool = False) -> Account:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clients import codecs, device
 from clients.task import Device, Hello, Reply, Task
-from privacy import cohort_noise, dp_sgd, durable, local_noise, noisy_counts
+from privacy import accounting, cohort_noise, dp_sgd, durable, local_noise, noisy_counts
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, build_model, predict
 from scenarios.seeds import derive
@@ -81,7 +81,7 @@ def _train(node: Node, task: Task) -> Reply:
     norms = {task.update_clip} - {0.0} if settings.privacy.adapt else {settings.privacy.update_norm}
     if settings.privacy.by_client and task.update_clip not in norms:
         raise Refused("the task is without the clipping norm that this node's settings ask for")
-    wanted, number = settings.privacy, settings.rounds.number
+    wanted, number = settings.privacy, settings.rounds.number + settings.export.recover_rounds
     if wanted.unit == "local":
         asked = task.update_clip, task.update_noise
         local_noise.hold_to(*asked, wanted.clip, wanted.epsilon, wanted.delta, number)
@@ -183,6 +183,8 @@ def _evaluate(node: Node, task: Task) -> Reply:
     if node.settings.evaluation.epsilon is not None and task.mechanism is None:
         raise Refused("the task is without the noise on test results that this node's settings ask for")
     examples = node.federation.client_test(task.client)
+    if task.mechanism is not None:
+        _few_enough(node, task.client, len(examples.y))
     loss, correct = evaluate(_model(node, task), examples, node.scenario.loss)
     if task.mechanism is None:
         return Reply(task.round, task.client, examples=len(examples.y), loss=loss, correct=correct)
@@ -190,6 +192,13 @@ def _evaluate(node: Node, task: Task) -> Reply:
     random = cohort_noise.generator(None if seed is None else derive(seed, "tests", task.round, task.client))
     right, count = noisy_counts.noised(correct, len(examples.y), task.mechanism, random)
     return Reply(task.round, task.client, examples=count, correct=right)
+
+
+def _few_enough(node: Node, client: str, tests: int) -> None:
+    """Refuse noised test results whose delta would allow to publish one: the server knows the training part alone."""
+    delta = node.settings.privacy.delta or accounting.default_delta(len(node.federation.client(client).y))
+    if delta * tests >= 1:
+        raise Refused(f"its test examples are too many for delta={delta:.3g}: set a smaller privacy.delta")
 
 
 def _model(node: Node, task: Task) -> nn.Module:

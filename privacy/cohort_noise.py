@@ -30,8 +30,11 @@ _Vector = NDArray[np.float32]
 def clipped(update: _Vector, clip: float) -> tuple[_Vector, bool]:
     """(update (P,), scaled down to an L2 norm of at most `clip`, after rounding too; whether it was that short before).
 
-    Done by the client, and again by the server, which trusts no client. The update must be finite.
+    Done by the client, and again by the server, which trusts no client. An update that is not finite counts as zero: a
+    reply that failed instead would tell of the data.
     """
+    if not np.isfinite(update).all():
+        return np.zeros_like(update), True
     wide = update.astype(np.float64)  # in float32 the factor of a huge update would lose its digits
     norm = float(np.linalg.norm(wide))
     if norm <= clip:

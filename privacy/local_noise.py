@@ -21,12 +21,8 @@ _Vector = NDArray[np.float32]
 
 
 def noised(update: _Vector, clip: float, multiplier: float, random: np.random.Generator) -> _Vector:
-    """The client's half: `update` (P,) scaled down to a norm of at most `clip`, plus noise; float32 (P,).
-
-    An update that is not finite counts as zero: a reply that failed instead would tell of the data.
-    """
-    whole = update if np.isfinite(update).all() else np.zeros_like(update)
-    short, _ = cohort_noise.clipped(whole, clip)
+    """The client's half: `update` (P,) scaled down to a norm of at most `clip`, plus noise; float32 (P,)."""
+    short, _ = cohort_noise.clipped(update, clip)
     return (short + random.normal(0.0, multiplier * 2 * clip, short.shape)).astype(np.float32)
 
 

@@ -33,6 +33,7 @@ _BY_CLIENT = Promise(
         "the server: it sees the update of each client, clipped and without noise, and who took part",
         "the names of the clients, how many they are, and the number of examples of each",
         "the time that each round took, and what the network shows of who took part",
+        "where all are asked in every round: who was late, and an error on a client by its kind",
         *_scenario(_NUMPY),
     ),
     "Gaussian, noise multiplier x clipping norm on the sum of the updates, added by the server",

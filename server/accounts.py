@@ -20,6 +20,7 @@ from scenarios import Scenario
 from scenarios.settings import Settings
 from server.record import RunFolder
 from server.select import round_steps
+from server.select import secret as secret_draw
 from server.state import Row, ServerState
 
 
@@ -59,6 +60,8 @@ class Accounts:
     """What a round costs every client."""
     tests: Mapping[str, tuple[Cost, int]] = field(default_factory=dict)
     """What an evaluation costs every client's test examples, and how many the run may make."""
+    secret: bool = False
+    """Nobody may know who was drawn: then what single devices say of their ledgers is not kept."""
     _heard: dict[str, Head] = field(default_factory=dict)
     """Heads of the devices' own ledgers since the last commit, by client."""
 
@@ -96,7 +99,7 @@ class Accounts:
 
     def heard(self, reply: Reply) -> None:
         """The head of a device's own ledger joins the next commit (Journal)."""
-        if reply.head is not None:
+        if reply.head is not None and not self.secret:
             self._heard[reply.client] = reply.head
 
     def commit(self, state: ServerState, row: Row, taken: Mapping[str, int]) -> None:
@@ -203,7 +206,7 @@ def prepared(
         known = ledger.accounts.get(cost.account)
         accounting.one_adjacency([cost.mechanism, *(+known.history if known else ())])
     ledger.open(opened, _window(settings), {asks[name][0].account: roster[name].digest for name in plans})
-    return Accounts(folder, max(1, settings.rounds.minimum), ledger, run, asks, examined)
+    return Accounts(folder, max(1, settings.rounds.minimum), ledger, run, asks, examined, secret_draw(settings))
 
 
 def costs(

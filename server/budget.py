@@ -38,11 +38,7 @@ def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
         rate = sampling_rate(settings.local, client.examples)
         steps = total * local_steps(settings.local, client.examples, True)
         delta = wanted.delta or accounting.default_delta(client.examples)
-        if delta >= 1 / client.examples:
-            raise Refused(
-                f"privacy.delta={delta:g} lets a mechanism publish one of the {client.examples} examples of {name} "
-                f"outright: set it below {1 / client.examples:.3g}, or unset it for 1 / (10 x a client's examples)"
-            )
+        _below_one_over_n(wanted.delta, name, client)
         if accounting.epsilon({Mechanism(rate, wanted.max_noise): steps}, delta) > wanted.epsilon:
             raise Refused(_unreachable(roster, settings, total))
         noise = accounting.calibrate(rate, steps, wanted.epsilon, delta, wanted.max_noise)
@@ -58,6 +54,8 @@ def test_plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Pla
     wanted = settings.evaluation
     if wanted.epsilon is None:
         return {}
+    for name, client in _holders(roster):
+        _below_one_over_n(settings.privacy.delta, name, client)
     times = (settings.rounds.number + settings.export.recover_rounds) // wanted.every + 1  # and once at the end
     return {
         name: noisy_counts.plan(times, wanted.epsilon, settings.privacy.delta, client.examples)
@@ -72,6 +70,14 @@ def _whole(clients: int, settings: Settings, total: int, epsilon: float) -> Plan
     limits = wanted.delta, wanted.update_norm, wanted.max_noise, fixed
     named = "privacy.client_epsilon" if wanted.client_epsilon else "privacy.epsilon"
     return cohort_noise.plan(clients, rate, total, asked.minimum, epsilon, *limits, named)
+
+
+def _below_one_over_n(delta: float | None, name: str, client: Hello) -> None:
+    if delta is not None and delta >= 1 / client.examples:
+        raise Refused(
+            f"privacy.delta={delta:g} lets a mechanism publish one of the {client.examples} examples of {name} "
+            f"outright: set it below {1 / client.examples:.3g}, or unset it for 1 / (10 x a client's examples)"
+        )
 
 
 def _unreachable(roster: Mapping[str, Hello], settings: Settings, total: int) -> str:

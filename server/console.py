@@ -177,7 +177,9 @@ def _accuracy(run: results.Report) -> RenderableType:
     if final["worst_client_accuracy"] is not None:
         table.add_row("Worst client", units.percent(final["worst_client_accuracy"]), "")
     if final["evaluated_by"] == "clients":
-        table.add_row("", "", Text("evaluated by the clients; not covered by differential privacy", style="dim"))
+        noised = run["privacy"].get("worst_tests_epsilon") is not None  # a report of an older Umbel has none
+        said = "which noised what they say of it" if noised else "not covered by differential privacy"
+        table.add_row("", "", Text(f"evaluated by the clients; {said}", style="dim"))
     return table
 
 
@@ -192,6 +194,9 @@ def _privacy(run: results.Report) -> RenderableType:
         worst, allowed = units.epsilon(privacy["worst_epsilon"]), units.epsilon(privacy["epsilon"])
         table.add_row("Worst client", f"ε {worst} of {allowed} allowed")
         table.add_row("Median client", f"ε {units.epsilon(privacy['median_epsilon'])}")
+        for key, name in (("worst_whole_epsilon", "Worst client as a whole"), ("worst_tests_epsilon", "Test examples")):
+            if privacy.get(key) is not None:
+                table.add_row(name, f"ε {units.epsilon(privacy[key])}")
         table.add_row("δ", privacy["delta_rule"])
         if against := privacy.get("against"):  # a report of an older Umbel has none
             table.add_row("Holds against", against)

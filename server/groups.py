@@ -259,7 +259,7 @@ class Hazard(Closed):
 class Interpretation(Group):
     posterior: Share | None = meaning("from a prior of one half, an observer's belief that a unit was there, at most")
     tpr_at_1_percent_fpr: Share | None = meaning(
-        "most true positives of any membership test against any client, with 1 % false ones"
+        "most true positives of any membership test against any client, with 1 % false ones; under `both` of an example"
     )
     sentence: str = meaning("what it means, in plain words")
     hazards: list[Hazard] = meaning("the checklist: pass, fail or unknown, each with its reason")

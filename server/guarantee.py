@@ -73,7 +73,8 @@ def derived(report: Report) -> dict[str, Group]:
         },
         "delta": {
             "values": spread(deltas),
-            "below_one_over_n": all(delta * n < 1 for delta, n in zip(deltas, units, strict=True)),
+            "below_one_over_n": all(delta * n < 1 for delta, n in zip(deltas, units, strict=True))
+            and all(client["whole"]["delta"] * len(clients) < 1 for client in clients if client["whole"]),
         },
         "epsilon": {
             "headline": worst["epsilon"],

@@ -144,13 +144,16 @@ def _mechanism(unit: str, why: str | None, told: Told, report: Mapping[str, Any]
     if why or words is None:
         return {"clip": wanted.clip if told.plans else None, "clip_at_end": report["privacy"]["clip"]}
     multipliers = [plan.mechanism.noise_multiplier for plan in told.plans.values()]
-    votes, schedule, moves = None, "fixed", unit == "client" and wanted.adapt
+    votes, schedule, adapts = None, "fixed", wanted.by_client and wanted.adapt
+    moves = adapts and unit == "client"
     reach = 2 if unit == "local" else 1  # the sensitivity of an update that may be any other, in clipping norms
-    if moves:
-        first = next(iter(told.plans.values())).mechanism
+    if adapts:
+        plan = next(iter(told.plans.values()))
+        first = (plan.whole or plan).mechanism
         expected = first.sampling_rate * len(told.plans)
         votes = cohort_noise.CohortNoise(first.noise_multiplier, expected, wanted.quantile, 1.0).vote_deviation
-        schedule = (
+        schedule = "" if moves else "of gradients fixed; of updates "
+        schedule += (
             f"geometric, towards the {wanted.quantile:g} quantile of the updates' lengths at rate "
             f"{wanted.adapt_rate:g} (Andrew et al. 2021); the noise is that of the norm which clipped"
         )
@@ -162,7 +165,7 @@ def _mechanism(unit: str, why: str | None, told: Told, report: Mapping[str, Any]
         "clip_at_end": report["privacy"]["clip"],
         "clip_schedule": schedule,
         "votes_std": votes,
-        "votes_std_reason": None if moves else "the clipping norm is fixed",
+        "votes_std_reason": None if adapts else "the clipping norm is fixed",
         "clip_scope": words.clip_scope,
         "weighting": words.weighting,
         "denominator": words.denominator,
