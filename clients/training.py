@@ -92,19 +92,22 @@ def _train(node: Node, task: Task) -> Reply:
         steps = train(model, examples, node.scenario.loss, task, settings.local, settings)
     if not steps:
         return Reply(task.round, task.client, reason="the deadline came before its first step", late=True)
-    update, within = flatten(model) - task.weights, True
-    if task.update_noise:
-        seed = None if wanted.noise_seed is None else derive(wanted.noise_seed, "noise", task.round, task.client)
-        random = cohort_noise.generator(seed)
-        update = local_noise.noised(update, task.update_clip, task.update_noise, random)
-    elif task.update_clip:
-        update, within = cohort_noise.clipped(update, task.update_clip)
+    update, within = protected(flatten(model) - task.weights, task, settings)
     residual = _load_state(node.states, task)
     seed = derive(settings.run.seed, "codec", task.round, task.client)
     payload, residual = codecs.resolve(settings.codec).encode(update, residual, seed)
     if residual is not None:
         _save_state(node.states, task, residual)
     return Reply(task.round, task.client, payload, len(examples.y), steps, within=within)
+
+
+def protected(update: Vector, task: Task, settings: Settings) -> tuple[Vector, bool]:
+    """(what may leave of `update` (P,): clipped and, under local DP, noised; whether it was within the norm)."""
+    if task.update_noise:
+        wanted = settings.privacy.noise_seed
+        random = cohort_noise.generator(None if wanted is None else derive(wanted, "noise", task.round, task.client))
+        return local_noise.noised(update, task.update_clip, task.update_noise, random), True
+    return cohort_noise.clipped(update, task.update_clip) if task.update_clip else (update, True)
 
 
 def train(

@@ -141,11 +141,19 @@ def evidence(released: Scores, mechanism: Mechanism, steps: int) -> Scores:
     """How much likelier (k,) sums of `steps` steps are with the canary in: the log ratio, up to a constant.
 
     released: in units of what a canary adds to a step that draws it; then the noise has deviation z sqrt(steps), and
-    the canary is in a binomial number of steps. No test tells the two cases better apart (Neyman and Pearson 1933).
+    the canary is in a binomial number of steps. A canary that is out adds nothing; with a population, replace one, it
+    adds the opposite. No test tells the two cases better apart (Neyman and Pearson 1933).
     """
-    q, z = mechanism.sampling_rate, mechanism.noise_multiplier
-    if q == 1 or z == 0:  # linear: the scale does not matter
+    if mechanism.sampling_rate == 1 or mechanism.noise_multiplier == 0:  # linear: the scale does not matter
         return released
+    if mechanism.population:
+        return _against_none(released, mechanism, steps) - _against_none(-released, mechanism, steps)
+    return _against_none(released, mechanism, steps)
+
+
+def _against_none(released: Scores, mechanism: Mechanism, steps: int) -> Scores:
+    """The log ratio against a canary that adds nothing."""
+    q, z = mechanism.sampling_rate, mechanism.noise_multiplier
     times = np.arange(steps + 1)
     ways = [math.lgamma(steps + 1) - math.lgamma(j + 1) - math.lgamma(steps - j + 1) for j in times]
     log_chance = np.array(ways) + times * math.log(q) + (steps - times) * math.log1p(-q)

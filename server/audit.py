@@ -19,11 +19,12 @@ from scenarios.seeds import derive
 from scenarios.settings import Settings
 from server import budget, report
 from server import run as job
-from server.canaries import PROBES, Setup
+from server.canaries import Setup
 from server.inversion import inversion
 from server.membership import membership
+from server.probes import PROBES, promised
 from server.record import RunFolder
-from server.select import local_steps
+from server.select import round_steps
 
 ATTACKS = ("canaries", "membership", "inversion")
 _LEAST, _MOST = 100, 1_000_000
@@ -83,13 +84,12 @@ def run(
     """
     check(attacks, canaries, shadows)
     job.check(scenario, settings)
-    if settings.privacy.unit not in PROBES:
-        raise Refused(f"there is no audit of privacy.unit={settings.privacy.unit} yet: choose {', '.join(PROBES)}")
+    if (unit := settings.privacy.unit) not in PROBES:
+        raise Refused(f"there is no audit of privacy.unit={unit}: choose {', '.join(PROBES)}")
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="umbel-audit-") as states:
         setup = _setup(scenario, settings, start, Path(states), settings.run.seed if seed is None else seed)
-        name = _costliest(setup)
-        found = _canaries(setup, name, canaries if "canaries" in attacks else 0, progress)
+        found = _canaries(setup, canaries if "canaries" in attacks else 0, progress)
         skipped = "not asked for: --attacks canaries,membership,inversion"
         for attack in ("membership", "inversion"):
             found[attack], found[f"{attack}_reason"] = None, skipped
@@ -137,31 +137,63 @@ def _setup(scenario: Scenario, settings: Settings, start: Mapping[str, Any] | No
     return Setup(scenario, settings, sizes, plans, data, states, seed)
 
 
-def _history(setup: Setup, name: str) -> dict[Mechanism, int]:
-    """All steps that client `name`'s plan allows."""
-    by_client = setup.settings.privacy.unit == "client"
-    steps = 1 if by_client else local_steps(setup.settings.local, setup.sizes[name], True)
-    return {setup.plans[name].mechanism: setup.rounds * steps}
+def _history(setup: Setup, name: str, half: str) -> dict[Mechanism, int]:
+    """All steps of client `name`'s plan that the rounds come to; by turns they are fewer than the rounds."""
+    plan = promised(setup.plans[name], half)
+    each = round_steps(setup.settings, setup.sizes[name]) if half == "example" else 1
+    return {plan.mechanism: min(plan.steps, setup.rounds * each)}
 
 
-def _costliest(setup: Setup) -> str:
+def _claimed(setup: Setup, name: str, half: str) -> float:
+    return accounting.epsilon(_history(setup, name, half), promised(setup.plans[name], half).delta)
+
+
+def _costliest(setup: Setup, half: str) -> str:
     """The client whose claim is the largest: what the run claims is its epsilon."""
     held = sorted(name for name, size in setup.sizes.items() if size)
     if not held:
         raise Refused(f"no client of {setup.scenario.name} has examples: there is nothing to audit")
     if not setup.plans:
         return held[0]
-    return max(sorted(setup.plans), key=lambda name: accounting.epsilon(_history(setup, name), setup.plans[name].delta))
+    if half != "example":  # all share a plan
+        return min(setup.plans)
+    return max(sorted(setup.plans), key=lambda name: _claimed(setup, name, half))
 
 
-def _canaries(setup: Setup, name: str, count: int, progress: Progress) -> Result:
-    """The stable part of the result: the claim, what the canaries say of it, and the verdict."""
-    settings, plan = setup.settings, setup.plans.get(name)
-    claimed = accounting.epsilon(_history(setup, name), plan.delta) if plan else None
+def _canaries(setup: Setup, count: int, progress: Progress) -> Result:
+    """The stable part of the result: the claim, what the canaries say of it, and the verdict.
+
+    Of two promises the one that looks worse comes first, and both stand under `halves`; it fails if either does.
+    """
+    halves = {half: _half(setup, half, count, progress) for half in PROBES[setup.settings.privacy.unit]}
+    if len(halves) == 1:
+        return {**next(iter(halves.values())), "halves": None}
+    worst = max(halves, key=lambda half: _ratio(halves[half]))
+    failed = [half for half in sorted(halves, key=lambda half: half != worst) if halves[half]["verdict"] == "fail"]
+    found = {**halves[worst], "unit": setup.settings.privacy.unit, "halves": halves}
+    if failed:
+        found |= {"verdict": "fail", "reason": f"{failed[0]}: {halves[failed[0]]['reason']}"}
+    elif count:
+        found["reason"] = f"{worst}: {halves[worst]['reason']}"
+    return found
+
+
+def _ratio(found: Result) -> float:
+    """Estimate over claim; before canaries 0."""
+    if found["verdict"] == "none":
+        return 0.0
+    return math.inf if found["estimate"] is None else float(found["estimate"] / found["claimed_epsilon"])
+
+
+def _half(setup: Setup, half: str, count: int, progress: Progress) -> Result:
+    """One promise and its canaries."""
+    name = _costliest(setup, half)
+    plan = promised(setup.plans[name], half) if setup.plans else None
+    claimed = _claimed(setup, name, half) if plan else None
     found: Result = {
         "scenario": setup.scenario.name,
-        "unit": settings.privacy.unit,
-        "client": None if settings.privacy.unit == "client" else name,
+        "unit": half if plan else setup.settings.privacy.unit,
+        "client": name if half == "example" else None,
         "claimed_epsilon": claimed,
         "delta": plan.delta if plan else None,
         "estimate": None,
@@ -182,8 +214,9 @@ def _canaries(setup: Setup, name: str, count: int, progress: Progress) -> Result
         return found
     coins = np.random.default_rng(derive(setup.seed, "audit", "coins"))
     included = coins.random(count) < 0.5
-    tick = progress.start(f"canaries: {count} through {setup.rounds} rounds", setup.rounds)
-    ran = PROBES[settings.privacy.unit](setup, name, included, tick)
+    which = f"{half} canaries" if len(PROBES[setup.settings.privacy.unit]) > 1 else "canaries"
+    tick = progress.start(f"{which}: {count} through {setup.rounds} rounds", setup.rounds)
+    ran = PROBES[setup.settings.privacy.unit][half](setup, name, included, tick)
     found |= {"real": ran.real, "histogram": audit.histogram(ran.scores, included)}
     if plan is None or claimed is None:
         separation = audit.separation(ran.scores, included)

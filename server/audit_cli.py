@@ -115,7 +115,7 @@ def _progress(quiet: bool) -> "Iterator[Progress]":
     try:
         yield Shown()
     finally:
-        if bars.tasks:
+        if bars.tasks:  # off a terminal, what never started would end in an empty line
             bars.stop()
 
 

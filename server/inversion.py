@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clients.task import Hello, Task
-from clients.training import Node, train
+from clients.training import Node, protected, train
 from privacy import cohort_noise
 from privacy.plan import Mechanism
 from scenarios import Examples
@@ -112,22 +112,27 @@ def _errors(setup: Setup, settings: Settings, model: nn.Module, some: list[Examp
 
 
 def _seen(setup: Setup, settings: Settings, model: nn.Module, example: Examples, number: int) -> list[Tensor]:
-    """The gradient, by parameter, that the attacker of the unit's promise sees of a step on one example alone."""
+    """The gradient, by parameter, that the attacker of the unit's promise sees of a step on one example alone.
+
+    That is the server, which sees what is sent; under `client`, where it sees all, a reader who knows all others.
+    """
     unit, plan = settings.privacy.unit, next(iter(setup.plans.values()), None)
-    by_example = plan is not None and unit in ("example", "both")
-    mechanism = Mechanism(1.0, plan.mechanism.noise_multiplier) if plan and by_example else None
+    multiplier = plan.mechanism.noise_multiplier if plan else 0.0
+    mechanism = Mechanism(1.0, multiplier) if plan and settings.privacy.by_example else None
+    whole = plan is not None and (settings.privacy.by_client or unit == "local")
+    norm = settings.privacy.update_norm if whole else 0.0
     task = Task(
         "train", number + 1, "target", flatten(model), layout(model), rate=1.0, steps=1, mechanism=mechanism,
-        clip=settings.privacy.clip if mechanism else 0.0,
+        clip=settings.privacy.clip if mechanism else 0.0, update_clip=norm,
+        update_noise=multiplier if unit == "local" else 0.0,
     )  # fmt: skip
     twin = copy.deepcopy(model)
     train(twin, example, setup.scenario.loss, task, Local(batch=0), settings)
-    update = flatten(twin) - task.weights
+    update, within = protected(flatten(twin) - task.weights, task, settings)
     if plan and unit == "client":  # who knows all others sees this one's update with the noise of the sum
-        kept, within = cohort_noise.clipped(update, settings.privacy.clip)
-        noise = cohort_noise.CohortNoise(plan.mechanism.noise_multiplier, 1.0)
+        noise = cohort_noise.CohortNoise(multiplier, 1.0)
         random = cohort_noise.generator(settings.privacy.noise_seed)
-        update, _ = noise.release(kept.astype(np.float64), 0.5 if within else -0.5, settings.privacy.clip, random)
+        update, _ = noise.release(update.astype(np.float64), 0.5 if within else -0.5, norm, random)
     load(twin, -update)  # the parameters of `twin` are now the gradient
     return [parameter.detach().clone() for parameter in twin.parameters()]
 

@@ -52,12 +52,12 @@ def membership(setup: Setup, shadows: int, tick: Tick) -> tuple[dict[str, object
 
 
 class _Targets:
-    """Whose membership is asked: clients under client-level DP, else examples, no more than half of any client's."""
+    """Whose membership is asked: clients under client-level or local DP, else examples, half of a client's at most."""
 
     def __init__(self, setup: Setup) -> None:
         assert setup.data is not None
         self._data, names = setup.data, sorted(name for name, size in setup.sizes.items() if size)
-        self.unit = "client" if setup.settings.privacy.unit == "client" else "example"
+        self.unit = "client" if setup.settings.privacy.unit in ("client", "local") else "example"
         self._places: list[tuple[str, int]] = []
         if self.unit == "client":
             self._clients, self.count = names, len(names)
@@ -72,7 +72,7 @@ class _Targets:
         """The scenario's data with those targets alone that are `included` (M,)."""
         if self.unit == "client":
             held = dict(zip(self._clients, included, strict=True))
-            return replace(self._data, sizes={n: s for n, s in self._data.sizes.items() if held.get(n, False)})
+            return replace(self._data, sizes={n: s if held.get(n) else 0 for n, s in self._data.sizes.items()})
         out: dict[str, list[int]] = {}
         for (name, i), there in zip(self._places, included, strict=True):
             if not there:

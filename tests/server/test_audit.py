@@ -10,10 +10,10 @@ import torch
 from scipy import stats
 from torch import nn
 
-from privacy import cohort_noise
+from privacy import cohort_noise, ghost
 from scenarios import Scenario, load
 from scenarios.settings import override
-from server import audit, canaries, cli, membership
+from server import audit, cli, membership, probes
 from server.record import RunFolder
 
 SCENARIO = '''"""Digits, few of them, quick to train."""
@@ -167,7 +167,7 @@ def test_an_audit_that_is_cut_off_leaves_the_old_result(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(canaries.PROBES, "client", interrupted)
+    monkeypatch.setitem(probes.PROBES, "client", {"client": interrupted})
     assert umbel("audit", "run", "--canaries", "200", "--quiet") == 3
     assert Path("run/audit.json").read_bytes() == before
 
@@ -296,13 +296,13 @@ def test_data_that_are_elsewhere_leave_the_canaries_alone(house: Path, capsys: p
 def test_a_canary_s_gradient_is_its_own_weight_s_alone_and_others_train_as_before() -> None:
     scenario: Scenario = load("digits")
     base = nn.Linear(64, 10)
-    ghost = canaries.Ghost(base, (64,), 5)
-    loss = canaries.ghost_loss(scenario.loss, 3.0)
+    extended = ghost.Ghost(base, (64,), 5)
+    loss = ghost.ghost_loss(scenario.loss, 3.0)
     x, y = torch.randn(4, 64), torch.tensor([1, 2, 3, 0])
     mixed = torch.cat([torch.cat([x, torch.zeros(4, 1)], 1), torch.cat([torch.zeros(1, 64), torch.tensor([[2.0]])], 1)])
-    loss(ghost(mixed), torch.cat([y, torch.tensor([0])])).backward()
-    assert ghost.ghost.weight.grad is not None
-    assert ghost.ghost.weight.grad.tolist() == [[0, pytest.approx(3 / 5), 0, 0, 0]]
+    loss(extended(mixed), torch.cat([y, torch.tensor([0])])).backward()
+    assert extended.ghost.weight.grad is not None
+    assert extended.ghost.weight.grad.tolist() == [[0, pytest.approx(3 / 5), 0, 0, 0]]
     found = base.weight.grad
     assert found is not None
     (slow,) = torch.autograd.grad(scenario.loss(base(x), y), [base.weight])

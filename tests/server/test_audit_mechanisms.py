@@ -14,7 +14,7 @@ from privacy.plan import Mechanism, Plan
 from scenarios import load
 from scenarios.seeds import derive
 from scenarios.settings import override
-from server import canaries, combine, rounds
+from server import canaries, combine, probes, rounds
 
 UNITS = ("client", "example")
 NOISES = (0.3, 1.0, 3.0)
@@ -35,7 +35,7 @@ def audited(
     plan = Plan(mechanism, settings.privacy.clip, claimed, DELTA, 10)
     setup = canaries.Setup(scenario, settings, dict.fromkeys(names, 50), dict.fromkeys(names, plan), None, states, seed)
     included = np.random.default_rng(derive(seed, "coins")).random(5000) < 0.5
-    run = canaries.PROBES[unit](setup, names[0], included, lambda: None)
+    run = probes.PROBES[unit][unit](setup, names[0], included, lambda: None)
     return audit.verdict(run.scores, included, claimed, DELTA), claimed
 
 
