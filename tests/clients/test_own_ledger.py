@@ -254,3 +254,19 @@ def test_noised_test_results_are_charged_to_the_test_examples_and_replayed_apart
     assert own.answer(node, made_task(node)).payload == trained.payload
     assert own.answer(node, examined) == counts
     assert "not charged" in own.answer(node, replace(examined, charge=None)).reason
+
+
+def test_noised_test_results_are_charged_where_the_server_adds_the_other_noise(tmp_path: Path) -> None:
+    node = made_node(tmp_path, "privacy.unit=client evaluation.on=clients evaluation.epsilon=5")
+    node = replace(node, federation=replace(node.federation, client_test=node.federation.client))
+    own, tests = OwnLedger(tmp_path), Account("example", "a", "wards (test)")
+    examined = replace(made_task(node), kind="evaluate", mechanism=Mechanism(1.0, 7.0), clip=0.0)
+    counts = own.answer(node, examined)
+    assert dict(standing(own).accounts[tests].history) == {Mechanism(1.0, 7.0): 1}
+    assert own.answer(node, examined) == counts, "a replay draws no fresh noise"
+
+
+def test_the_account_of_a_whole_client_is_kept_at_a_delta_for_a_fleet_and_not_for_its_examples(tmp_path: Path) -> None:
+    node, own = made_node(tmp_path, "privacy.unit=local"), OwnLedger(tmp_path, budget=90.0)
+    own.greet(node, Hello("a", 40, "5e" * 32))
+    assert standing(own).accounts[Account("local", "a", "wards")].delta == 1e-6

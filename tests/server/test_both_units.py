@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from clients.task import Task
+from clients.task import Reply, Task
 from clients.training import Node, answer
 from privacy import accounting, recompute
+from privacy.chain import Head
 from privacy.ledger import Account, Ledger
 from privacy.plan import Mechanism
 from privacy.refused import Refused
@@ -22,7 +23,7 @@ from server import budget, select
 from server import run as job
 from server.embedded import EmbeddedFleet
 from server.record import RunFolder
-from server.state import Spent
+from server.state import Spent, first_state
 
 NAMES = [f"site-{i:02}" for i in range(12)]
 BASE = (
@@ -203,6 +204,10 @@ def test_a_node_whose_settings_ask_for_noise_says_nothing_of_its_tests_without_i
     [
         ("privacy.unit=example privacy.client_epsilon=3", "privacy.client_epsilon is for privacy.unit=both"),
         ("evaluation.epsilon=3", "set evaluation.on=clients"),
+        (
+            f"privacy.unit=client privacy.client_epsilon= privacy.delta=0.05 privacy.epsilon=40 {NOISED}",
+            "one of the 30 examples",
+        ),
         ("privacy.unit=none privacy.client_epsilon= evaluation.on=clients evaluation.epsilon=3", "a privacy.unit"),
         (
             "privacy.client_epsilon=0.2 privacy.epsilon=30 privacy.max_noise=3",
@@ -225,3 +230,45 @@ def test_the_worst_epsilon_of_a_round_is_that_of_the_examples(tmp_path: Path) ->
     client = found["privacy"]["clients"][0]
     history = {Mechanism(client["sampling_rate"], client["noise_multiplier"]): client["steps"]}
     assert last["epsilon"] == accounting.epsilon(history, client["delta"])
+
+
+@pytest.mark.parametrize(("text", "kept"), [("", True), ("rounds.fraction=0.5 rounds.minimum=0", False)])
+def test_heads_of_single_devices_are_kept_only_where_everybody_may_know_who_took_part(
+    tmp_path: Path, text: str, kept: bool
+) -> None:
+    settings = override(made().settings, text)
+    with RunFolder.create(tmp_path / "run", "made", settings) as folder:
+        prepared = job.prepare(made(), settings, folder, EmbeddedFleet, Quiet())
+        assert prepared.accounts.reserve(1, dict.fromkeys(NAMES, 3)) == {}
+        prepared.accounts.heard(Reply(1, NAMES[2], b"", 30, 3, head=Head(4, "ab" * 32)))
+        state = first_state(prepared.node.template, settings)
+        prepared.accounts.commit(replace(state, round=1), {"round": 1}, dict.fromkeys(NAMES, 3))
+        assert prepared.accounts.ledger is not None
+        records = Ledger(prepared.accounts.ledger.path, keep=True)
+    records.read()
+    assert any(record["kind"] == "SEEN" for record in records.records or ()) == kept
+
+
+def test_a_delta_that_would_publish_a_test_example_is_refused_by_its_client(tmp_path: Path) -> None:
+    settings = override(made().settings, f"{NOISED} privacy.delta=0.03")
+    node = Node(made(), settings, made().data(settings), tmp_path)
+    many = Examples(torch.zeros(40, 5), torch.zeros(40, dtype=torch.int64))
+    crowded = replace(node, federation=replace(node.federation, client_test=lambda _: many))
+    task = Task("evaluate", 1, NAMES[0], flatten(node.template), layout(node.template), mechanism=Mechanism(1.0, 5.0))
+    assert not answer(node, task).reason
+    assert "too many for delta=0.03" in answer(crowded, task).reason
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_update_that_is_not_finite_leaves_as_nothing_and_not_as_an_error(tmp_path: Path, value: float) -> None:
+    settings = override(made().settings, "privacy.unit=client privacy.client_epsilon=")
+
+    def broken(name: str) -> Examples:
+        return Examples(torch.full((30, 5), value), torch.zeros(30, dtype=torch.int64))
+
+    federation = replace(made().data(settings), client=broken)
+    node = Node(made(), settings, federation, tmp_path)
+    task = Task("train", 1, NAMES[0], flatten(node.template), layout(node.template), 0.1, 1, update_clip=0.5)
+    reply = answer(node, task)
+    assert not reply.reason
+    assert not np.frombuffer(reply.payload, "<f4").any()
