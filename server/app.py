@@ -56,8 +56,9 @@ def _run(grid: Grid, context: Context) -> Path:
         return GridFleet(grid, sizes, number=knobs.clients, wait=knobs.wait, stop=stop.exists)
 
     runtime = "simulation" if settings.fleet.clock == "simulated" else "deployment"
-    run(prepare(scenario, settings, folder, fleet, _Log(), stop.exists, runtime))
-    return folder.path  # its lock goes with this process
+    with folder:  # let go of before the last line is said: this process takes a while to end
+        run(prepare(scenario, settings, folder, fleet, _Log(), stop.exists, runtime))
+    return folder.path
 
 
 def _folder(name: str, scenario: Scenario, settings: Settings) -> RunFolder:

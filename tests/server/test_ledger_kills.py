@@ -25,7 +25,7 @@ from privacy.ledger import Account, Ledger
 from privacy.plan import Mechanism, Plan
 from scenarios.settings import Settings, override
 from server import accounts, record, rounds
-from server.accounts import Accounts
+from server.accounts import Accounts, Cost
 from server.record import RunFolder
 from server.state import Score, ServerState
 
@@ -60,7 +60,7 @@ def work(home: Path) -> None:
     with RunFolder.create(home / "run", "made", SETTINGS) as folder:
         book = Ledger(home / "l.ledger")
         book.open(dict.fromkeys(KNOWN.values(), (None, 1e-3)), data=dict.fromkeys(KNOWN.values(), "d"))
-        asks = {name: (KNOWN[name], STEP, ASKED) for name in NAMES}
+        asks = {name: (Cost(KNOWN[name], STEP, ASKED),) for name in NAMES}
         journal, fleet = Accounts(folder, 1, book, "run", asks), Told(home / "told")
         state = ServerState(np.zeros(3, np.float32), (("w", (3,)),), {}, ROUNDS)
         plans = dict.fromkeys(NAMES, PLAN)
@@ -129,10 +129,10 @@ def check(home: Path, where: str) -> None:
                 counted = {name: state.clients[name].steps for name in NAMES}
                 assert head is not None
                 assert book.holds(head)
-            again = Accounts(folder, 1, book, "run", {name: (KNOWN[name], STEP, ASKED) for name in NAMES})
+            again = Accounts(folder, 1, book, "run", {name: (Cost(KNOWN[name], STEP, ASKED),) for name in NAMES})
             lost = again.unanswered(state.round if state else 0)
             for name in NAMES:
-                assert counted[name] + lost[name] >= released[name], f"{where}: the run forgets a release of {name}"
+                assert counted[name] + lost[name][0] >= released[name], f"{where}: the run forgets a release of {name}"
     book.open(dict.fromkeys(KNOWN.values(), (None, 1e-3)))
     book.reserve("later", 9, {KNOWN["a"]: (STEP, 1)})
     later = Ledger(home / "l.ledger")
