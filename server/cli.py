@@ -137,7 +137,7 @@ def report(
     verify_key: Annotated[
         Path | None, typer.Option(metavar="PUB.pem", help="With --check: demand a signature by this public key.")
     ] = None,
-    pdf: Annotated[bool, typer.Option("--pdf", help="Also write report.pdf (pip install '.[pdf]').")] = False,
+    pdf: Annotated[bool, typer.Option("--pdf", help="Also write report.pdf (pip install '.\\[pdf]').")] = False,
     key: Key = "",
     quiet: Quiet = False,
 ) -> None:
