@@ -26,6 +26,8 @@ def place(ledger: Ledger) -> Path:
 
 def read(ledger: Ledger) -> dict[Account, Head]:
     """What is known; nothing where there is no file. Raises Refused for one that is damaged or another ledger's."""
+    if not place(ledger).exists():
+        return {}
     with ledger.chain.held(write=False):
         return _read(ledger)
 
