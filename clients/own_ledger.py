@@ -81,7 +81,7 @@ class OwnLedger:
         ledger, account = Ledger(self.path), _account(node, task.client, task.kind == "evaluate")
         if charge.known is not None and not ledger.holds(charge.known):
             raise Refused(
-                f"does not go on from its record {charge.known.sequence}, which the server saw: it was rolled back; "
+                "does not go on from the record that the server saw last: it was rolled back; "
                 "bring it back, or use `umbel ledger adopt` on this node"
             )
         ledger.read()

@@ -113,6 +113,13 @@ class Chain:
         """Whether what was read goes on from `head`; False when it was rolled back behind it, or is another file."""
         return 0 <= head.sequence < len(self._digests) and self._digests[head.sequence].hex() == head.digest
 
+    def tag(self, said: bytes) -> bytes:
+        """The tag of what else is bound to this file, under its key; empty before the first record, as is the key.
+
+        said: begins with its kind, so that it is neither a record's digest nor what a head file says.
+        """
+        return _tag(self._key, said) if self._key else b""
+
     @contextmanager
     def held(self, write: bool = True) -> Iterator[BinaryIO]:
         """The file under its lock, all that other processes wrote read and checked."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clients.task import Charge, Hello, Reply, Task
-from privacy import accounting
+from privacy import accounting, heads
 from privacy.chain import Head
 from privacy.durable import secret
 from privacy.ledger import TESTS, Account, Ledger, Window
@@ -18,6 +18,7 @@ from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios import Scenario
 from scenarios.settings import Settings
+from server import peers
 from server.record import RunFolder
 from server.select import round_steps
 from server.select import secret as secret_draw
@@ -60,10 +61,12 @@ class Accounts:
     """What a round costs every client."""
     tests: Mapping[str, tuple[Cost, int]] = field(default_factory=dict)
     """What an evaluation costs every client's test examples, and how many the run may make."""
-    secret: bool = False
-    """Nobody may know who was drawn: then what single devices say of their ledgers is not kept."""
+    private: bool = False
+    """Nobody may know who was drawn: heads of the devices' own ledgers go into privacy.heads, not into records."""
     _heard: dict[str, Head] = field(default_factory=dict)
     """Heads of the devices' own ledgers since the last commit, by client."""
+    _kept: dict[Account, Head] = field(default_factory=dict)
+    """What privacy.heads held at the last commit, where they go there."""
 
     def reserve(self, number: int, steps: Mapping[str, int]) -> dict[str, str]:
         """Before data is touched (Journal): who cannot pay -> why; for all others the steps are reserved, durably.
@@ -94,12 +97,13 @@ class Accounts:
             return task
         cost = self.tests[task.client][0] if task.kind == "evaluate" else self.asks[task.client][0]
         _, attempt = self.ledger.attempt(self.run, cost.account)
-        known = self.ledger.seen.get(self.asks[task.client][0].account)
+        account = self.asks[task.client][0].account
+        known = self._kept.get(account, self.ledger.seen.get(account))
         return replace(task, charge=Charge(self.run, attempt, self.ledger.chain.head, known))
 
     def heard(self, reply: Reply) -> None:
         """The head of a device's own ledger joins the next commit (Journal)."""
-        if reply.head is not None and not self.secret:
+        if reply.head is not None:
             self._heard[reply.client] = reply.head
 
     def commit(self, state: ServerState, row: Row, taken: Mapping[str, int]) -> None:
@@ -113,19 +117,33 @@ class Accounts:
         self.folder.commit(state, row, self.ledger.chain.head)
         spent = {cost.account: cost.of(count) for name, count in taken.items() for cost in self.asks[name]}
         seen = {self.asks[name][0].account: head for name, head in self._heard.items() if name in self.asks}
-        self.ledger.commit(self.run, row["round"], spent, seen)
+        private = self.private or heads.place(self.ledger).exists()  # a run that began meanwhile draws in secret
+        self.ledger.commit(self.run, row["round"], spent, {} if private else seen)
+        if private:
+            self._keep(seen)
         self._heard.clear()
 
-    def reserve_tests(self, number: int, names: Collection[str]) -> Collection[str]:
-        """Before test data is touched: those of `names` whose test examples can pay for one more noised evaluation."""
-        if self.ledger is None or not self.tests:
-            return names
-        known = [self.tests[name] for name in names if name in self.tests]
-        costs = {cost.account: cost for cost, most in known if self.ledger.of_run(self.run, cost.account) < most}
+    def _keep(self, heard: Mapping[Account, Head]) -> None:
+        assert self.ledger is not None
+        known = heads.keep(self.ledger, heard)
+        self._kept.clear()  # what another process was told to forget is forgotten here, too
+        self._kept.update(known)
+
+    def reserve_tests(self, number: int, names: Collection[str]) -> dict[str, str]:
+        """Before test data is touched: whose test examples cannot pay for one more noised evaluation -> why."""
+        if self.ledger is None:
+            return {}
+        known = {name: self.tests[name] for name in names}
+        why = {
+            name: f"budget: all {most} evaluations of this run were made"
+            for name, (cost, most) in known.items()
+            if self.ledger.of_run(self.run, cost.account) >= most
+        }
+        costs = {cost.account: cost for name, (cost, _) in known.items() if name not in why}
         refused = self.ledger.reserve(self.run, number, {a: (c.mechanism, c.steps) for a, c in costs.items()})
         paid = costs.keys() - refused.keys()
         self.ledger.commit(self.run, number, {account: costs[account].steps for account in paid})
-        return sorted(account.client for account in paid)
+        return why | {account.client: f"ledger: epsilon {left}" for account, left in refused.items()}
 
     def unanswered(self, committed: int) -> dict[str, tuple[int, int]]:
         """(steps, rounds of the client as a whole) by client, of this run's rounds begun after the last committed one.
@@ -177,18 +195,20 @@ def prepared(
     runtime: str,
     start: Mapping[str, Any] | None,
     tests: Mapping[str, Plan],
+    before: Mapping[Account, Head] = {},
 ) -> Accounts:
     """The accounts of a new run (start: None), opened in the ledger, or those that a resumed run goes on with.
 
-    start: start.json. tests: the plans of the clients' test examples. Raises Refused for a ledger that cannot be used,
-    another budget than an account was opened with, and a ledger that does not go on from what the run folder saw of it.
+    start: start.json. tests: the plans of the clients' test examples. before: `heads_before` the clients said hello.
+    Raises Refused for a ledger that cannot be used, another budget than an account was opened with, a ledger that does
+    not go on from what the run folder or a device saw of it, and a device's that falls behind `before`.
     """
     if not plans or settings.privacy.noise_seed is not None:
         return Accounts(folder)
-    path, run = ledger_path(scenario, settings, runtime), secrets.token_hex(8)
+    path, run = _place(scenario, settings, runtime, start), secrets.token_hex(8)
     if start is not None:
         known = start["ledger"]
-        path, run = path if settings.run.state else Path(known["path"]), known["run"]
+        run = known["run"]
         if not Ledger(path).holds(folder.ledger_head() or Head(known["sequence"], known["hash"])):
             raise Refused(
                 f"{path} does not go on from what this run wrote into its ledger: bring that file back, or name its "
@@ -201,12 +221,29 @@ def prepared(
         opened |= {cost.account: (budget, part.delta) for cost, part in zip(asks[name], plan.parts, strict=True)}
     opened |= {cost.account: (budget, tests[name].delta) for name, (cost, _) in examined.items()}
     ledger.read()
-    _seen_by_devices(ledger, roster)
+    met = {asks[name][0].account: head for name in plans if (head := roster[name].head) is not None}
+    peers.check(ledger, roster, before, met)
     for cost in (cost for paid in asks.values() for cost in paid):
         known = ledger.accounts.get(cost.account)
         accounting.one_adjacency([cost.mechanism, *(+known.history if known else ())])
     ledger.open(opened, _window(settings), {asks[name][0].account: roster[name].digest for name in plans})
-    return Accounts(folder, max(1, settings.rounds.minimum), ledger, run, asks, examined, secret_draw(settings))
+    private = secret_draw(settings) or peers.once_secret(ledger)
+    made = Accounts(folder, max(1, settings.rounds.minimum), ledger, run, asks, examined, private)
+    if private:
+        made._keep(met)
+    return made
+
+
+def heads_before(
+    scenario: Scenario, settings: Settings, runtime: str, start: Mapping[str, Any] | None
+) -> dict[Account, Head]:
+    """What privacy.heads holds before the clients are met: none of their ledgers ends before that.
+
+    Read earlier than they say hello, since another run on this ledger may hear of later heads at any time.
+    """
+    if settings.privacy.unit == "none" or settings.privacy.noise_seed is not None:
+        return {}
+    return heads.read(Ledger(_place(scenario, settings, runtime, start)))
 
 
 def costs(
@@ -266,15 +303,11 @@ def _window(settings: Settings) -> Window | None:
     return None if days is None or epsilon is None else Window(days, epsilon)
 
 
-def _seen_by_devices(ledger: Ledger, roster: Mapping[str, Hello]) -> None:
-    """Refuse a ledger that does not go on from what a device saw of it."""
-    for name, hello in roster.items():
-        if hello.seen is not None and not ledger.holds(hello.seen):
-            raise Refused(
-                f"{ledger.path} does not go on from its record {hello.seen.sequence}, which client {name} saw: it was "
-                "rolled back, or is another ledger; bring it back, or charge what the devices wrote down by "
-                "`umbel ledger adopt`"
-            )
+def _place(scenario: Scenario, settings: Settings, runtime: str, start: Mapping[str, Any] | None) -> Path:
+    """Where the run's ledger lies; a resumed one's where it was, if it is not told elsewhere."""
+    if start is None or settings.run.state or start["ledger"]["path"] is None:
+        return ledger_path(scenario, settings, runtime)
+    return Path(start["ledger"]["path"])
 
 
 def state_folder(named: str) -> Path:

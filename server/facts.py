@@ -66,6 +66,7 @@ def collect(
             "deadline": settings.fleet.deadline,
             "simulated_seconds": None if select.secret(settings) else state.clock or None,
             "left_out": _left_out(rows),
+            "unevaluated": _unevaluated(rows, final),
             "runtime": runtime,
         },
         "edge": dict(shipped),
@@ -202,5 +203,17 @@ def _left_out(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for row in rows:
         times.update((entry["name"], entry["reason"].split(":")[0]) for entry in [*row["skipped"], *row["rejected"]])
         times.update((name, "late") for name in row["late"])
+    return _listed(times)
+
+
+def _unevaluated(rows: Sequence[Row], final: Score) -> list[dict[str, Any]]:
+    """{name, reason, times}, most often first: of whom an evaluation, the final one included, heard nothing."""
+    times: Counter[tuple[str, str]] = Counter(final.missing.items())
+    for row in rows:  # an older Umbel's rows do not say
+        times.update((entry["name"], entry["reason"]) for entry in row.get("unevaluated", ()))
+    return _listed(times)
+
+
+def _listed(times: Counter[tuple[str, str]]) -> list[dict[str, Any]]:
     ordered = sorted(times.items(), key=lambda item: (-item[1], item[0]))
     return [{"name": name, "reason": reason, "times": count} for (name, reason), count in ordered]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from privacy.ledger import Ledger, Standing
 
 ledger_app = typer.Typer(
-    help="What clients have spent over all runs, and what they may: show, budget, verify, export, adopt.",
+    help="What clients have spent over all runs, and what they may: show, budget, verify, export, adopt, forget.",
     no_args_is_help=True,
 )
 
@@ -111,12 +111,35 @@ def adopt(
 
 
 @ledger_app.command()
+def forget(
+    client: Annotated[str, typer.Argument(help="The client whose device has made its own ledger anew.")],
+    ledger: Annotated[Path | None, typer.Option(help="A ledger file (default: all of the folder).")] = None,
+    state: State = "",
+) -> None:
+    """Forget how far a device's own ledger had come, where cohorts are drawn in secret; no account changes.
+
+    For after `umbel ledger adopt` on the device: its new ledger does not end where the old one did, and would be taken
+    for one that was rolled back. Example: umbel ledger forget ward-7
+    """
+    from privacy import heads
+
+    books = _opened(ledger, state)
+    gone = sum(heads.forget(book, client) for book in books)
+    if not gone:
+        raise Refused(f"nothing is kept of the own ledger of a client {client!r}: there is nothing to forget")
+    print(f"forgot {gone} of client {client}")
+
+
+@ledger_app.command()
 def verify(ledger: File = None, state: State = "") -> None:
     """Check every record against those before it and against the head file; exit code 2 if one does not fit."""
+    from privacy import heads
     from privacy.ledger import Ledger
 
     for path in _paths(ledger, state):
-        head = Ledger(path).read()
+        opened = Ledger(path)
+        head = opened.read()
+        heads.read(opened)
         print(f"{path}: {head.sequence} records, whole; head {head.digest}")
 
 

@@ -45,7 +45,7 @@ def write(folder: Path, key: str = "", pdf: bool = False) -> Path:
         clients=spent[:MOST_CLIENTS],
         odds=_odds(worst) if worst is not None and worst < 12 else None,  # beyond, no one can picture it
         unapplied=sum(not row["applied"] for row in rows),
-        left_out=_left_out(rows),
+        left_out=_left_out(rows, report),
         command=command(report),
         **(_statement(report) if "statement" in report else {}),  # an older Umbel wrote none
     )
@@ -159,13 +159,15 @@ def _histogram(report: Report) -> Markup | None:
     return figures.histogram("Clients by epsilon spent", spent, "ε", report["privacy"]["epsilon"])
 
 
-def _left_out(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Who was not asked, late or rejected, why, and in how many rounds; most often first."""
+def _left_out(rows: Sequence[Row], report: Report) -> list[dict[str, Any]]:
+    """Who was not asked, late, rejected or not evaluated, why, and how often; most often first."""
     seen: Counter[tuple[str, str, str]] = Counter()
     for row in rows:
         seen.update((entry["name"], "not asked", entry["reason"]) for entry in row["skipped"])
         seen.update((entry["name"], "rejected", entry["reason"]) for entry in row["rejected"])
         seen.update((name, "late", "its reply missed the deadline") for name in row["late"])
+    for entry in report["fleet"].get("unevaluated", ()):  # an older Umbel does not say
+        seen[entry["name"], "not evaluated", entry["reason"]] += entry["times"]
     order = sorted(seen.items(), key=lambda item: (-item[1], item[0]))
     return [{"name": name, "what": what, "reason": why, "times": times} for (name, what, why), times in order]
 

@@ -104,7 +104,8 @@ def rounds(
         state = _advance(state, settings, number, chosen, accepted, taken, row)
         if select.secret(settings):
             _withhold(row, state, codec, select.cohort_size(len(names), settings) if chosen.paid else 0)
-        row["loss"], row["accuracy"], row["worst_client_accuracy"] = score(state)
+        row["loss"], row["accuracy"], row["worst_client_accuracy"], missing = score(state)
+        row["unevaluated"] = [{"name": name, "reason": reason} for name, reason in sorted(missing.items())]
         row["epsilon"] = worst_epsilon(state, plans)
         row["seconds"] = time.monotonic() - began
         journal.commit(state, row, taken)

@@ -118,6 +118,7 @@ def prepare(
         node = Node(scenario, settings, scenario.data(settings), folder.states)
         fleet = fleet_of(node)
         progress.status("waiting for the clients' first word")
+        before = accounts.heads_before(scenario, settings, runtime, start)
         roster = fleet.hello()
         enough(roster, settings)
         check_score(node)
@@ -129,14 +130,14 @@ def prepare(
             progress.status("calibrating noise")
             plans = budget.plans(roster, settings)
             tests = budget.test_plans(roster, settings)
-            charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, None, tests)
+            charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, None, tests, before)
             _write_start(folder, roster, plans, server_data, settings, charged)
         else:
             plans = read_plans(start)
             _same_data(start, roster, server_data)
             roster = {name: roster[name] for name in sorted(start["clients"])}  # who came later has no plan
             tests = budget.test_plans(roster, settings)
-            charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, start, tests)
+            charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, start, tests, before)
         score = scorer(node, fleet, sorted(roster), tests, charged)
     except Refused:
         if start is None:
@@ -273,7 +274,8 @@ def _write_start(
     settings: Settings,
     charged: Accounts,
 ) -> None:
-    clients = {name: asdict(hello) for name, hello in roster.items()}
+    met = {name: replace(hello, head=None, seen=None) for name, hello in roster.items()}  # how often it was drawn
+    clients = {name: asdict(hello) for name, hello in met.items()}
     folder.write_json(
         "start.json",
         {

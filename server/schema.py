@@ -93,6 +93,7 @@ class Fleet(Closed):
     deadline: float
     simulated_seconds: float | None
     left_out: list[LeftOut]
+    unevaluated: list[LeftOut]
     runtime: str
 
 

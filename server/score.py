@@ -12,6 +12,7 @@ from privacy import noisy_counts
 from privacy.plan import Plan
 from privacy.refused import Refused
 from scenarios.weights import fit, load
+from server import select
 from server.rounds import Fleet
 from server.state import Score, ServerState
 
@@ -19,8 +20,8 @@ from server.state import Score, ServerState
 class MetricsJournal(Protocol):
     """What charges noised test results to the clients' test examples; see server.accounts."""
 
-    def reserve_tests(self, number: int, names: Collection[str]) -> Collection[str]:
-        """Who of `names` can pay for an evaluation after round `number`, which is then charged."""
+    def reserve_tests(self, number: int, names: Collection[str]) -> Mapping[str, str]:
+        """Who cannot pay for an evaluation after round `number` -> why; all others of `names` are charged for it."""
 
     def charged(self, task: Task) -> Task:
         """The task with its reservation."""
@@ -30,7 +31,7 @@ class MetricsJournal(Protocol):
 
 
 NOTHING = Score(None, None)
-"""No client evaluated, or nothing finite came of it."""
+"""Nobody evaluated."""
 
 
 def check(node: Node) -> None:
@@ -50,11 +51,11 @@ def scorer(
 
     tests: the plans of clients that noise what they say. journal: where that is charged; None: nowhere.
     """
-    test = node.federation.test
+    test, hidden = node.federation.test, select.secret(node.settings)
     if node.settings.evaluation.on == "clients":
         if node.settings.evaluation.epsilon is not None:
-            return lambda state: _by_noised_clients(fleet, tests, journal, state)
-        return lambda state: _by_clients(fleet, names, state)
+            return lambda state: _by_noised_clients(fleet, tests, journal, state, hidden)
+        return lambda state: _by_clients(fleet, names, state, hidden)
     assert test is not None
 
     def by_server(state: ServerState) -> Score:
@@ -67,35 +68,50 @@ def scorer(
     return by_server
 
 
-def _by_clients(fleet: Fleet, names: list[str], state: ServerState) -> Score:
-    """Loss and accuracy weighted by test examples, and the worst client's accuracy. Not covered by DP."""
+def _by_clients(fleet: Fleet, names: list[str], state: ServerState, hidden: bool) -> Score:
+    """Loss and accuracy weighted by test examples, and the worst client's accuracy. Not covered by DP.
+
+    hidden: draws are secret, and why a reply is no good may hang on them (a device's ledger that was rolled back).
+    """
     tasks = [Task("evaluate", state.round, name, state.weights, state.layout) for name in names]
-    good = [reply for reply in fleet.ask(tasks) if _sound(reply)]
+    good, missing = list[Reply](), dict[str, str]()
+    for task, reply in zip(tasks, fleet.ask(tasks), strict=True):
+        if _sound(reply):
+            good.append(reply)
+        elif not hidden:
+            none = "no test examples" if not reply.examples else "answered what cannot be a test result"
+            missing[task.client] = reply.reason or none
     total = sum(reply.examples for reply in good)
     if not total:
-        return NOTHING
+        return NOTHING._replace(missing=missing)
     loss = sum(reply.loss * reply.examples for reply in good) / total
     worst = min(reply.correct / reply.examples for reply in good)
-    return Score(loss, sum(reply.correct for reply in good) / total, worst)
+    return Score(loss, sum(reply.correct for reply in good) / total, worst, missing)
 
 
 def _by_noised_clients(
-    fleet: Fleet, tests: Mapping[str, Plan], journal: "MetricsJournal | None", state: ServerState
+    fleet: Fleet, tests: Mapping[str, Plan], journal: "MetricsJournal | None", state: ServerState, hidden: bool
 ) -> Score:
-    """Accuracy from counts that are noised one by one and summed; neither a loss nor a worst client is known."""
-    names = sorted(tests) if journal is None else journal.reserve_tests(state.round, sorted(tests))
+    """Accuracy from counts that are noised one by one and summed; neither a loss nor a worst client is known.
+
+    hidden: as above. Whom the server's ledger refuses is named all the same: evaluations are charged to everyone alike.
+    """
+    missing = {} if journal is None else dict(journal.reserve_tests(state.round, sorted(tests)))
     tasks = [
         Task("evaluate", state.round, name, state.weights, state.layout, mechanism=tests[name].mechanism)
-        for name in names
+        for name in sorted(tests)
+        if name not in missing
     ]
-    good = []
-    for reply in fleet.ask(tasks if journal is None else [journal.charged(task) for task in tasks]):
+    tasks, good = tasks if journal is None else [journal.charged(task) for task in tasks], list[Reply]()
+    for task, reply in zip(tasks, fleet.ask(tasks), strict=True):
         if journal is not None:
             journal.heard(reply)
         if not reply.reason:
             good.append(reply)
+        elif not hidden:
+            missing[task.client] = reply.reason
     share = noisy_counts.accuracy(sum(reply.correct for reply in good), sum(reply.examples for reply in good))
-    return NOTHING if share is None else Score(None, share)
+    return Score(None, share, missing=missing)
 
 
 def _sound(reply: Reply) -> bool:

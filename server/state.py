@@ -5,6 +5,7 @@ Legend: P is the number of weights.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,8 @@ class Score(NamedTuple):
     accuracy: float | None
     worst: float | None = None
     """Accuracy of the worst client, where clients evaluate."""
+    missing: Mapping[str, str] = MappingProxyType({})
+    """Where clients evaluate: of whom nothing came -> why."""
 
 
 @dataclass(frozen=True)

@@ -44,13 +44,15 @@ def data(settings):
         if name == "client-4" and asked[name] > 1:
             raise OSError("its disk is gone")
         return federation.client(name)
-    return replace(federation, client=client)
+    def test(name):
+        return federation.client("client-0") if name == "client-0" else client(name)
+    return replace(federation, client=client, client_test=test)
 
 SCENARIO = replace(digits, data=data)
 '''
 EVENTS = (
     "rounds.number=2 rounds.average=1 export.recover_rounds=1 reference.central_epochs=0 reference.no_privacy=false "
-    "fleet.clients=8 fleet.profile=edge fleet.deadline=0.5"
+    "fleet.clients=8 fleet.profile=edge fleet.deadline=0.5 evaluation.on=clients"
 )
 
 
@@ -100,7 +102,7 @@ def test_every_key_of_a_report_is_documented_and_every_documented_key_is_there(e
 def test_every_key_of_a_round_is_documented_and_every_documented_key_is_there(eventful: Path) -> None:
     rows = [json.loads(line) for line in (eventful / "rounds.jsonl").read_text().splitlines()]
     assert len(rows) == 3
-    lists = {"rejected", "skipped"}  # with entries or without
+    lists = {"rejected", "skipped", "unevaluated"}  # with entries or without
     assert {path for row in rows for path in paths(row)} | lists == documented("rounds.jsonl")
 
 

@@ -1,5 +1,6 @@
 """privacy.unit=both, and test results that clients noise: two accounts a client, each with its own mechanism."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from clients.task import Reply, Task
 from clients.training import Node, answer
-from privacy import accounting, recompute
+from privacy import accounting, heads, recompute
 from privacy.chain import Head
 from privacy.ledger import Account, Ledger
 from privacy.plan import Mechanism
@@ -19,7 +20,7 @@ from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario
 from scenarios.settings import Settings, override
 from scenarios.weights import flatten, layout
-from server import budget, select
+from server import budget, score, select
 from server import run as job
 from server.embedded import EmbeddedFleet
 from server.record import RunFolder
@@ -171,6 +172,43 @@ def test_noised_test_results_are_charged_to_the_test_examples_for_every_evaluati
     assert not any("test accuracy" in text for text in found["privacy"]["not_covered"])
 
 
+@pytest.mark.parametrize("text", ["", "rounds.fraction=0.5 rounds.minimum=0"])
+def test_whose_test_examples_cannot_pay_is_named_where_draws_are_secret_too(
+    tmp_path: Path, state: Path, text: str
+) -> None:
+    spent, tired = ledger(state), Account("example", NAMES[3], "made (test)")
+    spent.open({tired: (30.0, 1 / 300)})
+    step = Mechanism(1.0, 1.0)
+    spent.reserve("elsewhere", 1, {tired: (step, accounting.most_steps(step, 30.0, 1 / 300))})
+    found = run(tmp_path / "run", f"{NOISED} privacy.budget=30 {text}")
+    with RunFolder.open(tmp_path / "run") as folder:
+        rows = [row["unevaluated"] for row in folder.rows()]
+    (one,) = rows[1]
+    assert (rows[0], rows[2], one["name"]) == ([], [], NAMES[3]), "rounds 1 and 3 are not evaluated"
+    assert re.fullmatch(r"ledger: epsilon 0\.\d+ of its 30 is left, which does not pay for a round", one["reason"])
+    assert found["fleet"]["unevaluated"] == [{**one, "times": 2}], "after round 2 and at the end"
+    assert [client["tests"]["steps"] for client in found["privacy"]["clients"]] == [2] * 3 + [0] + [2] * 8
+    assert "not evaluated" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(("text", "named"), [("", True), ("rounds.fraction=0.5 rounds.minimum=0", False)])
+@pytest.mark.parametrize("how", ["evaluation.on=clients", NOISED])
+def test_a_client_whose_evaluation_fails_is_named_where_that_cannot_hang_on_a_secret_draw(
+    tmp_path: Path, how: str, text: str, named: bool
+) -> None:
+    def broken(name: str) -> Examples:
+        if name == NAMES[3]:
+            raise OSError("its disk is gone")
+        return made_examples(name)
+
+    settings, federation = override(made().settings, f"{how} {text}"), made().data(made().settings)
+    node = Node(made(), settings, replace(federation, client_test=broken), tmp_path)
+    fleet = EmbeddedFleet(node)
+    found = score.scorer(node, fleet, NAMES, budget.test_plans(fleet.hello(), settings))
+    missing = found(first_state(node.template, settings)).missing
+    assert dict(missing) == ({NAMES[3]: "failed with OSError"} if named else {})
+
+
 def test_test_results_as_they_are_stand_under_what_is_not_covered(tmp_path: Path) -> None:
     found = run(tmp_path / "run", "evaluation.on=clients")
     assert any("test accuracy and loss" in text for text in found["privacy"]["not_covered"])
@@ -184,7 +222,9 @@ def test_no_more_evaluations_are_made_than_were_planned(tmp_path: Path, state: P
     with RunFolder.open(path) as folder:
         prepared = job.prepare(made(), settings, folder, EmbeddedFleet, Quiet())
         assert prepared.committed is not None
-        assert prepared.score(prepared.committed).accuracy is None
+        again = prepared.score(prepared.committed)
+        assert again.accuracy is None
+        assert dict(again.missing) == dict.fromkeys(NAMES, "budget: all 2 evaluations of this run were made")
     assert sum(ledger(state).accounts[Account("example", NAMES[0], "made (test)")].history.values()) == 2
 
 
@@ -232,9 +272,9 @@ def test_the_worst_epsilon_of_a_round_is_that_of_the_examples(tmp_path: Path) ->
     assert last["epsilon"] == accounting.epsilon(history, client["delta"])
 
 
-@pytest.mark.parametrize(("text", "kept"), [("", True), ("rounds.fraction=0.5 rounds.minimum=0", False)])
-def test_heads_of_single_devices_are_kept_only_where_everybody_may_know_who_took_part(
-    tmp_path: Path, text: str, kept: bool
+@pytest.mark.parametrize(("text", "recorded"), [("", True), ("rounds.fraction=0.5 rounds.minimum=0", False)])
+def test_heads_of_single_devices_are_records_only_where_everybody_may_know_who_took_part(
+    tmp_path: Path, text: str, recorded: bool
 ) -> None:
     settings = override(made().settings, text)
     with RunFolder.create(tmp_path / "run", "made", settings) as folder:
@@ -246,7 +286,8 @@ def test_heads_of_single_devices_are_kept_only_where_everybody_may_know_who_took
         assert prepared.accounts.ledger is not None
         records = Ledger(prepared.accounts.ledger.path, keep=True)
     records.read()
-    assert any(record["kind"] == "SEEN" for record in records.records or ()) == kept
+    assert any(record["kind"] == "SEEN" for record in records.records or ()) == recorded
+    assert len(heads.read(records)) == (not recorded)
 
 
 def test_a_delta_that_would_publish_a_test_example_is_refused_by_its_client(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from privacy import accounting
-from privacy.ledger import Account, Ledger, Window
+from privacy import accounting, heads
+from privacy.ledger import Account, Head, Ledger, Window
 from privacy.plan import Mechanism
 from server import cli
 
@@ -237,3 +237,23 @@ def test_recompute_is_a_command_that_fails_on_an_edited_ledger(path: Path) -> No
     path.write_bytes(path.read_bytes()[:-200])
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(cli.__file__).parents[1])
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+def test_forget_drops_what_is_kept_of_one_device_and_verify_refuses_heads_that_were_edited(
+    capsys: pytest.CaptureFixture[str], path: Path
+) -> None:
+    opened = Ledger(path)
+    opened.read()
+    heads.keep(opened, {KNOWN: Head(7, "ab" * 32)})
+    before, ledger = path.read_bytes(), ["--ledger", str(path)]
+    assert umbel(capsys, "ledger", "export", str(path))[1].count("ab" * 32) == 0
+    assert umbel(capsys, "ledger", "forget", "ward-7", *ledger)[:2] == (0, "forgot 1 of client ward-7\n")
+    assert heads.read(opened) == {}
+    code, out, err = umbel(capsys, "ledger", "forget", "ward-7", *ledger)
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert path.read_bytes() == before
+    heads.place(opened).write_bytes(b"edited")
+    for words in (["verify", str(path)], ["forget", "ward-7", *ledger]):
+        code, out, err = umbel(capsys, "ledger", *words)
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert ".heads is damaged" in err
