@@ -212,8 +212,8 @@ def _plans(
 
 
 def _payable(found: Answer, epsilon: float, short: Settings) -> dict[str, int]:
-    """Rounds of a short federation that each client with a budget can be asked in."""
-    if all(purse.budget is None for owned in found.held.values() for purse in owned):
+    """Rounds of a short federation that each client with a budget, or a window of time, can be asked in."""
+    if all(purse.budget is None and purse.window is None for owned in found.held.values() for purse in owned):
         return {}
     whole = override(found.settings, f"privacy.epsilon={epsilon!r}")
     try:
