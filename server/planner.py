@@ -217,7 +217,7 @@ def _out_of_money(found: Answer, able: int, needed: int, nearest: Mapping[str, A
     more = f" and {len(poor) - 3} more" if len(poor) > 3 else ""
     ways = [_epsilons(nearest)] if nearest["epsilon"] else []
     if nearest["ready"]:  # a window of time passes
-        ways.append(f"this epsilon from {units.moment(nearest['ready'])} on")
+        ways.append(f"the same from {units.moment(nearest['ready'])} on")
     way = f"the nearest is {', or '.join(ways)}" if ways else "what they have left pays for no such run"
     rounds = f"{poor[0].of} of its turns" if select.by_turns(found.settings) else f"{found.total} rounds"
     second = found.settings.privacy.client_epsilon

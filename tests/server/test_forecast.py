@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from privacy import accounting
+from privacy.ledger import Account, Ledger
 from privacy.plan import Mechanism
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario
@@ -150,6 +151,15 @@ def test_it_predicts_from_noised_test_results_and_says_what_they_would_have_cost
     assert 0.8 < foreseen.accuracy <= 1
     exact = forecast.forecast(found("evaluation.on=clients rounds.number=4 local.batch=0"), lambda *_: None, UNHURRIED)
     assert exact.tests is None
+
+
+def test_whose_test_examples_cannot_pay_does_not_evaluate_in_a_forecast_either(state: Path) -> None:
+    text = "evaluation.on=clients evaluation.epsilon=4 rounds.number=2 export.recover_rounds=0 local.batch=0"
+    poor = {Account("example", name, "made (test)"): (0.1, 1 / 600) for name in "abcd"}
+    Ledger(state / "simulations" / "made.ledger").open(poor)
+    foreseen = forecast.forecast(found(text), lambda *_: None, UNHURRIED)
+    assert (foreseen.accuracy, foreseen.tests) == (None, None)
+    assert "nobody could evaluate" in foreseen.reason
 
 
 def test_who_has_no_budget_but_a_window_of_time_is_left_out_as_well() -> None:
