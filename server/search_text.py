@@ -51,7 +51,8 @@ def trials(texts: Sequence[str], done: Sequence[Trial], sought: Sought, console:
         text = f"ε {units.epsilon(cost.composition)} by plain composition"
         if cost.name in totals:
             text += f"; over the ledger ε {units.epsilon(totals[cost.name])}"
-        rows.append((_of("These trials cost", cost, sought), f"{text}, worst client"))
+        few = f", charged by {cost.candidates} of {sought.count} settings" if cost.candidates < sought.count else ""
+        rows.append((_of("These trials cost", cost, sought), f"{text}, worst client{few}"))
     out.print(plan_text.table(rows))
     out.print(Padding(Text(VALIDATION, style="dim"), (0, 2)))
 

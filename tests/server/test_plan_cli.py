@@ -146,6 +146,19 @@ def test_the_page_and_the_terminal_name_who_cannot_pay_and_of_which_account(
     assert "<td>client-1</td><td>example, digits (test)</td>" in text
 
 
+def test_of_candidates_with_different_promises_it_says_who_charges_what_and_what_a_winner_cannot_claim(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tried, page = "privacy.unit=example | privacy.unit=both privacy.client_epsilon=20", tmp_path / "plan.html"
+    settings = f"{QUICK[1]} privacy.update_clip=0.3 rounds.number=3"
+    words = ["--no-curve", "--candidates", tried, "--set", settings, "--out", str(page)]
+    code, out, _ = umbel(capsys, "plan", "digits", *words)
+    assert code == 0
+    for said in (" ".join(out.split()), page.read_text()):
+        assert "charged by 1 of 2 settings" in said
+        assert "no claim: a candidate that may win, of privacy.unit=example, promises nothing here" in said
+
+
 def test_a_search_under_both_says_what_each_account_pays_and_a_secret_one_what_each_may_claim(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
