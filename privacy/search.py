@@ -2,7 +2,9 @@
 
 Guarantee: draw the number of trials by `Repetitions.draw`, in secret; in each trial draw a candidate without looking at
 data, run it, score what came out; show the best trial's output and nothing else. Whoever sees that alone learns about
-a data set at most what `best_of` says (Papernot and Steinke 2022, Theorems 2 and 6). It does not hold against whoever
+a data set at most what `best_of` says (Papernot and Steinke 2022, Theorems 2 and 6). It is about one kind of
+neighbours: a trial's history is of the one account whose data they differ in, and other accounts have figures of their
+own. Every trial is to be the same mechanism: nobody may be left out of a later one. It does not hold against whoever
 sees the trials, counts them, or times the search; against them only `composed` does.
 """
 
@@ -75,8 +77,10 @@ def composed(trials: Iterable[History], delta: float) -> float:
 def best_of(candidates: Sequence[History], delta: float, repetitions: Repetitions) -> float:
     """Epsilon at delta of the winner alone, by Renyi divergences; infinity where a candidate has no noise.
 
-    candidates: what one trial of each costs. A trial of a random candidate is, at every order, at most as divergent as
-    the worst candidate, since which one it is does not depend on the data.
+    candidates: what one trial of each costs the account; nothing for one that does not touch its data, never for one
+    that does without noise. A trial of a random candidate is, at every order, at most as divergent as the worst
+    candidate, since which one it is does not depend on the data (Renyi divergence is quasi-convex: van Erven and
+    Harremoes 2014, Theorem 13).
     """
     rows = []
     for history in candidates:

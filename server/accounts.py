@@ -226,7 +226,7 @@ def prepared(
     for cost in (cost for paid in asks.values() for cost in paid):
         known = ledger.accounts.get(cost.account)
         accounting.one_adjacency([cost.mechanism, *(+known.history if known else ())])
-    ledger.open(opened, _window(settings), {asks[name][0].account: roster[name].digest for name in plans})
+    ledger.open(opened, window(settings), {asks[name][0].account: roster[name].digest for name in plans})
     private = secret_draw(settings) or peers.once_secret(ledger)
     made = Accounts(folder, max(1, settings.rounds.minimum), ledger, run, asks, examined, private)
     if private:
@@ -272,15 +272,15 @@ def test_costs(scenario: Scenario, tests: Mapping[str, Plan]) -> dict[str, Cost]
 def check(settings: Settings) -> None:
     """Refuse settings of a window that cannot be kept."""
     wanted = settings.privacy
-    if (window := _window(settings)) is None:
+    if (limit := window(settings)) is None:
         return
     if wanted.unit == "none" or wanted.noise_seed is not None:
         raise Refused(
             "privacy.window_epsilon limits what is spent under DP with real noise: leave it out, or set those"
         )
-    if wanted.budget is not None and window.epsilon > wanted.budget:
+    if wanted.budget is not None and limit.epsilon > wanted.budget:
         raise Refused(
-            f"privacy.window_epsilon={window.epsilon:g} is more than privacy.budget={wanted.budget:g}, which it never "
+            f"privacy.window_epsilon={limit.epsilon:g} is more than privacy.budget={wanted.budget:g}, which it never "
             "replaces: lower it, or leave it out"
         )
 
@@ -296,7 +296,8 @@ def lend_key(folder: RunFolder, settings: Settings) -> None:
         raise Refused(f"{state} cannot be written ({error.strerror}): name another folder by --state") from None
 
 
-def _window(settings: Settings) -> Window | None:
+def window(settings: Settings) -> Window | None:
+    """The window of time that these settings ask for; raises Refused for half of one."""
     days, epsilon = settings.privacy.window_days, settings.privacy.window_epsilon
     if (days is None) != (epsilon is None):
         raise Refused("privacy.window_days and privacy.window_epsilon go together: set both or none")

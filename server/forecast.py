@@ -101,7 +101,8 @@ def forecast(found: Answer, progress: Callable[[int, int], None], seconds: float
         settings = found.settings
         node = Node(found.scenario, settings, found.scenario.data(settings), Path(states))
         fleet = EmbeddedFleet(node)
-        score = scorer(node, fleet, sorted(found.roster), found.tests)
+        examined = {name: plan for name, plan in found.tests.items() if _evaluates(found, name)}
+        score = scorer(node, fleet, sorted(found.roster), examined)
         per_round = _seconds_a_round(fleet, found, node, seconds)
         if (fits := schedule(per_round, settings.rounds.number, seconds)) is None:
             raise Refused(
@@ -136,9 +137,9 @@ def forecast(found: Answer, progress: Callable[[int, int], None], seconds: float
     shared = next(iter(found.plans.values())).whole
     whole = None if shared is None else accounting.epsilon(wholes, shared.delta)
     times = sum(len(known) for known in reached.values())
-    tests = [(Counter({plan.mechanism: times}), plan.delta) for plan in found.tests.values()]
-    examined = _together(tests) if tests else None
-    return Forecast(tuple(points), number, settings.rounds.number, predicted, spread, cost, reason, whole, examined)
+    said = [(Counter({plan.mechanism: times}), plan.delta) for plan in examined.values()]
+    tests = _together(said) if said else None
+    return Forecast(tuple(points), number, settings.rounds.number, predicted, spread, cost, reason, whole, tests)
 
 
 def at(points: Sequence[Point], epsilon: float) -> tuple[float | None, float | None]:
@@ -212,8 +213,8 @@ def _plans(
 
 
 def _payable(found: Answer, epsilon: float, short: Settings) -> dict[str, int]:
-    """Rounds of a short federation that each client with a budget can be asked in."""
-    if all(purse.budget is None for owned in found.held.values() for purse in owned):
+    """Rounds of a short federation that each client with a budget, or a window of time, can be asked in."""
+    if all(purse.budget is None and purse.window is None for owned in found.held.values() for purse in owned):
         return {}
     whole = override(found.settings, f"privacy.epsilon={epsilon!r}")
     try:
@@ -228,6 +229,11 @@ def _payable(found: Answer, epsilon: float, short: Settings) -> dict[str, int]:
         for name, owned in held.items()
         if name not in able
     }
+
+
+def _evaluates(found: Answer, name: str) -> bool:
+    """Whether the client's test examples pay for the run's last evaluation, which the forecast stands for."""
+    return name not in found.examined or found.examined[name].pays
 
 
 def _together(spent: Sequence[tuple[Counter[Mechanism], float]]) -> float:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from scenarios import Scenario
     from scenarios.settings import Settings
     from server.forecast import Forecast
-    from server.plan_facts import Sought
     from server.planner import Answer
+    from server.search_costs import Sought
 
 ScenarioName = Annotated[
     str, typer.Argument(metavar="SCENARIO", help="A name of `umbel scenarios`, a file.py, or a module.name.")
@@ -113,11 +113,11 @@ def search(
 
     Example: umbel search digits --candidates "privacy.clip=0.2 | privacy.clip=0.35 | privacy.clip=0.6"
     """
-    from server import launch, plan_text
+    from server import launch, search_text
     from server import run as job
     from server import search as trying
-    from server.plan_facts import Sought
-    from server.plan_facts import candidates as parsed
+    from server.search_costs import Sought
+    from server.search_costs import candidates as parsed
 
     flags = {"run.seed": seed, "run.data": data, "run.state": _place(state)}
     chosen, settings = _settings(scenario, f"{trying.ALONE} {set_}", flags)
@@ -125,6 +125,8 @@ def search(
     if trials is not None and not secret and not (trials >= 1 and float(trials).is_integer()):
         raise Refused(f"--trials {trials:g} is no number of runs: give 1 or more, or --secret for a mean")
     sought = Sought(trials or float(len(tried)), distribution, [_within_reach(chosen, one) for one in tried])
+    if secret and all(one.reason for one in sought.costs):
+        raise Refused(f"a secret search of these could claim nothing for its winner: {sought.costs[0].reason}")
     folder = out or Path(f"runs/{chosen.name}-search-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Refused(f"{folder} is not empty: choose another --out")
@@ -139,7 +141,7 @@ def search(
             raise launch.Stop("the secret number of trials was 0: nothing was trained and nothing spent; search again")
         launch.show(best.folder, quiet)
         if not quiet:
-            plan_text.winner(texts[best.candidate], best, sought)
+            search_text.winner(texts[best.candidate], best, sought)
         return
     done, stopped = [], ""
     try:
@@ -150,7 +152,7 @@ def search(
     if done and quiet:
         print(max(done, key=lambda trial: trial.validation).folder)
     elif done:
-        plan_text.trials(texts, done, sought)
+        search_text.trials(texts, done, sought)
     if stopped:
         raise launch.Stop(stopped)
 
@@ -171,7 +173,7 @@ def _place(folder: str | None) -> str | None:
 
 def _sought(chosen: "Scenario", found: "Answer", trials: float | None, text: str, distribution: str) -> "Sought | str":
     """What the search costs; each candidate must be within reach by itself."""
-    from server.plan_facts import Sought, candidates
+    from server.search_costs import Sought, candidates
 
     if not found.plans:
         return found.reason

@@ -6,22 +6,21 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from privacy import certificate, search
-from privacy.plan import History, Plan
-from privacy.refused import Refused
-from privacy.search import Repetitions
-from scenarios.settings import Settings, knobs, override
-from server import planner, select
+from privacy import certificate
+from privacy.plan import Plan
+from scenarios.settings import knobs
+from server import planner, select, units
 from server.accounts import ledger_path
 from server.forecast import Forecast
 from server.planner import Answer
 from server.purses import Purse, middle, refused
+from server.search_costs import Sought
 
 Facts = dict[str, Any]
 _ALWAYS = ("privacy.epsilon", "rounds.number")
 
 
-def collect(reference: str, found: Answer, foreseen: Forecast | str, sought: "Sought | str") -> Facts:
+def collect(reference: str, found: Answer, foreseen: Forecast | str, sought: Sought | str) -> Facts:
     """All that is known of a plan. reference: what the user calls the scenario. A forecast, a search, or why none."""
     settings, privacy = found.settings, found.settings.privacy
     plan = found.plans[found.binding] if found.plans else None
@@ -32,7 +31,7 @@ def collect(reference: str, found: Answer, foreseen: Forecast | str, sought: "So
         "scenario": found.scenario.name,
         "feasible": found.feasible,
         "reason": found.reason or None,
-        "nearest": dict(found.nearest) or None,
+        "nearest": _nearest(found),
         "target": {"epsilon": privacy.epsilon, "rounds": settings.rounds.number, "max_noise": privacy.max_noise},
         "unit": privacy.unit,
         "client": typical,
@@ -63,6 +62,11 @@ def collect(reference: str, found: Answer, foreseen: Forecast | str, sought: "So
     }
 
 
+def _nearest(found: Answer) -> Facts | None:
+    ready = found.nearest.get("ready")
+    return {**found.nearest, "ready": units.moment(ready) if ready else None} if found.nearest else None
+
+
 def command(reference: str, found: Answer) -> str:
     """The `umbel run` that this plan is of."""
     wanted, born = found.settings, {name: value for name, value, _ in knobs(found.scenario.settings)}
@@ -78,42 +82,6 @@ def command(reference: str, found: Answer) -> str:
 
 def _written(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-
-class Sought:
-    """What a search of `trials` runs costs, the candidates' histories known by client."""
-
-    def __init__(self, trials: float, distribution: str, answers: Sequence[Answer]) -> None:
-        """trials: on average, of a secret search; of one that shows all of them, so many, rounded up."""
-        self.trials, self.distribution, self.count = trials, distribution, len(answers)
-        self.repetitions, number = Repetitions.named(distribution, trials), -int(-trials // 1)
-        if any(one.whole is not None or one.tests for one in answers):
-            raise Refused(
-                "a search is accounted for one promise: with privacy.unit=both or evaluation.epsilon each "
-                "account of a client would need its own figure; search without them"
-            )
-        if len({one.settings.privacy.unit for one in answers}) > 1:
-            raise Refused("candidates of one search protect the same unit: what is spent on two does not add up")
-        clients = sorted(answers[0].plans)
-        alike: dict[object, tuple[float, float]] = {}
-        for name in clients:
-            plans = [answer.plans[name] for answer in answers]
-            key = tuple((plan.mechanism, plan.steps, plan.delta) for plan in plans)
-            if key in alike:
-                continue
-            histories: list[History] = [{plan.mechanism: plan.steps} for plan in plans]
-            delta = min(plan.delta + plan.chance for plan in plans)
-            chance = max(plan.chance for plan in plans)
-            costliest = sorted(
-                (histories[i % len(histories)] for i in range(max(number, len(histories)))),
-                key=lambda history: -search.composed([history], delta),
-            )[:number]
-            after = delta - number * chance, delta - trials * chance  # every trial may draw too few clients
-            alike[key] = (
-                search.composed(costliest, after[0]) if after[0] > 0 else math.inf,
-                search.best_of(histories, after[1], self.repetitions) if after[1] > 0 else math.inf,
-            )
-        self.composition, self.selection = (max(values) for values in zip(*alike.values(), strict=True))
 
 
 def _whole(found: Answer) -> Facts | None:
@@ -160,6 +128,10 @@ def _short(found: Answer, purse: Purse) -> Facts:
         "spent": purse.spent,
         "budget": purse.budget,
         "left": purse.left,
+        "window": None
+        if purse.window is None
+        else {"days": purse.window.days, "epsilon": purse.window.epsilon, "left": purse.window_left},
+        "ready": units.moment(purse.ready) if purse.ready else None,
         "rounds": purse.rounds,
         "of": purse.of,
     }
@@ -204,16 +176,18 @@ def _spent(found: Answer) -> Facts:
             "epsilon_total": None,
             "refused": [],
             "affordable_epsilon": None,
+            "affordable_client_epsilon": None,
             "ledger": None,
             "reason": reason,
         }
     held = [owned[0] for owned in found.held.values()]
     cannot = refused(found.held)
+    most = planner.everyone_pays(found, len(held)) if cannot else None
     return {
         **middle([purse.spent for purse in held]),
         "epsilon_total": middle([purse.after for purse in held]),
         "refused": [_short(found, purse) for purse in cannot],
-        "affordable_epsilon": planner.everyone_pays(found, len(held)) if cannot else None,
+        **dict(zip(("affordable_epsilon", "affordable_client_epsilon"), most or (None, None), strict=True)),
         "ledger": str(ledger_path(found.scenario, found.settings, "embedded")),
         "reason": None,
     }
@@ -247,8 +221,19 @@ def _search(sought: Sought | str) -> Facts:
             "trials": sought.trials,
             "candidates": sought.count,
             "distribution": sought.distribution,
-            "composition_epsilon": _finite(sought.composition),
-            "repeat_and_select_epsilon": _finite(sought.selection),
+            "composition_epsilon": _finite(sought.costs[0].composition),
+            "repeat_and_select_epsilon": _finite(sought.costs[0].selection),
+            "accounts": [
+                {
+                    "unit": one.unit,
+                    "dataset": one.dataset,
+                    "candidates": one.candidates,
+                    "composition_epsilon": _finite(one.composition),
+                    "repeat_and_select_epsilon": _finite(one.selection),
+                    "reason": one.reason or None,
+                }
+                for one in sought.costs
+            ],
         },
         "search_reason": None,
     }
@@ -256,8 +241,3 @@ def _search(sought: Sought | str) -> Facts:
 
 def _finite(epsilon: float) -> float | None:
     return epsilon if math.isfinite(epsilon) else None
-
-
-def candidates(settings: Settings, text: str) -> list[Settings]:
-    """The settings of every candidate of "privacy.clip=0.2 | privacy.clip=0.35"; those given where there is none."""
-    return [override(settings, part) for part in text.split("|")] if text.strip() else [settings]

@@ -8,9 +8,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from server import results, units
-from server.plan_facts import Facts, Sought
-from server.search import Trial
+from server import units
+from server.plan_facts import Facts
+from server.search_costs import account_name
 
 MOST_SIZES = 9
 UNITS: dict[str, str] = {
@@ -21,14 +21,8 @@ UNITS: dict[str, str] = {
 }
 CURVE_WARNING = (
     "The forecast trained on the data it was given and charged no ledger. Made-up or public data lose nothing by that. "
-    "On real people's data, settings chosen by it are a search: it would have spent ε {} itself; --no-curve trains on "
+    "On real people's data, settings chosen by it are a search: it would have spent {} itself; --no-curve trains on "
     "nothing."
-)
-VALIDATION = "The best is chosen by the server's own validation data, which no client's promise covers."
-CONDITIONS = (
-    "The claim holds for whoever sees this model and its report and nothing else: not the ledger, start.json or "
-    "checkpoint.safetensors, which tell how many trials there were, nor how long they took. The server sees every "
-    "trial, and with privacy.unit=example so does the network; towards them the ledger's sum is what holds."
 )
 SEARCH_TERMS = (
     "The second may be claimed only where the number of trials is drawn in secret and nobody ever sees more than the "
@@ -49,13 +43,19 @@ def show(facts: Facts, console: Console | None = None) -> None:
         _part(out, "Ledger", _ledger(facts["spent"]))
     if facts["curve"]:
         _part(out, "Accuracy", _curve(facts))
-        cost = units.epsilon(facts["curve_cost_epsilon"])
-        out.print(Padding(Text(CURVE_WARNING.format(cost), style="dim"), (0, 2)))
+        out.print(Padding(Text(CURVE_WARNING.format(forecast_cost(facts)), style="dim"), (0, 2)))
     if sought := facts["search"]:
         _part(out, "Search", _search(sought))
         out.print(Padding(Text(SEARCH_TERMS, style="dim"), (0, 2)))
     out.print()
     out.print(Text("Run it  ", style="bold"), Text(facts["command"]), sep="", soft_wrap=True)
+
+
+def forecast_cost(facts: Facts) -> str:
+    """What a forecast would have spent, on each account: "ε 3.00 (a client as a whole: ε 8.00)"."""
+    parts = {"a client as a whole": "curve_cost_whole_epsilon", "test examples": "curve_cost_tests_epsilon"}
+    more = [f"{name}: ε {units.epsilon(facts[key])}" for name, key in parts.items() if facts[key] is not None]
+    return f"ε {units.epsilon(facts['curve_cost_epsilon'])}" + (f" ({', '.join(more)})" if more else "")
 
 
 def _part(out: Console, title: str, body: Table) -> None:
@@ -73,7 +73,7 @@ def _plan(facts: Facts) -> Table:
     count, forecast = facts["clients"]["count"], _predicted(facts)
     by_client = facts["whole"] or (facts if facts["unit"] == "client" else None)
     drawn = " on average" if by_client and by_client["sampling_rate"] < 1 else ""
-    return _table(
+    return table(
         [
             ("Noise multiplier", f"{noise}, {whose}"),
             ("Clip", f"{facts['clip']:g}"),
@@ -148,20 +148,27 @@ def _ledger(spent: Facts) -> Table:
         ("After this run", f"ε {three(spent['epsilon_total'])}"),
     ]
     if out := spent["refused"]:
-        ways = spent["affordable_epsilon"]
+        ways, second = spent["affordable_epsilon"], spent["affordable_client_epsilon"]
+        whole = f" with privacy.client_epsilon={second:g}" if second else ""
         rows += [
             (f"{one['client']} cannot pay", f"{_short_of(one)} ({one['unit']}, {one['dataset']})")
             for one in out[:MOST_SIZES]
         ]
         rows += [("", f"and {len(out) - MOST_SIZES} more")] if len(out) > MOST_SIZES else []
-        rows.append(("Everyone can pay", f"at ε {ways:g}" if ways else "at no ε: someone has nothing left"))
+        rows.append(("Everyone can pay", f"at ε {ways:g}{whole}" if ways else "at no ε: someone has nothing left"))
     else:
         rows.append(("Who cannot pay", "nobody"))
-    return _table([*rows, ("File", spent["ledger"])])
+    return table([*rows, ("File", spent["ledger"])])
 
 
 def _short_of(one: Facts) -> str:
-    return f"ε {one['left']:.3g} of {one['budget']:g} left: {one['rounds']} of {one['of']} rounds"
+    left = []
+    if one["budget"] is not None:
+        left.append(f"ε {one['left']:.3g} of {one['budget']:g} left")
+    if window := one["window"]:
+        left.append(f"ε {window['left']:.3g} of {window['epsilon']:g} in {window['days']:g} days left")
+    ready = f", all from {one['ready']} on" if one["ready"] else ""
+    return f"{', '.join(left)}: {one['rounds']} of {one['of']} rounds{ready}"
 
 
 def _curve(facts: Facts) -> Table:
@@ -180,72 +187,33 @@ def _search(sought: Facts) -> Table:
     trials = f"{sought['trials']:g} trials" + (
         f" of {sought['candidates']} settings" if sought["candidates"] > 1 else ""
     )
-    return _table(
-        [
-            (f"All of {trials} seen", f"ε {units.epsilon(sought['composition_epsilon'])} by plain composition"),
+    drawn = f"{sought['trials']:g} on average ({sought['distribution']})"
+    rows = []
+    for one in sought["accounts"]:
+        all_of, winner = units.epsilon(one["composition_epsilon"]), units.epsilon(one["repeat_and_select_epsilon"])
+        few = one["candidates"] < sought["candidates"]
+        charged = f", charged by {one['candidates']} of {sought['candidates']} settings" if few else ""
+        if len(sought["accounts"]) > 1:
+            rows.append((account_name(one["unit"], one["dataset"]), ""))
+        rows += [
+            (f"All of {trials} seen", f"ε {all_of} by plain composition{charged}"),
             (
                 "The winner alone",
-                f"ε {units.epsilon(sought['repeat_and_select_epsilon'])} by RepeatAndSelect, "
-                f"{sought['trials']:g} on average ({sought['distribution']})",
+                f"no claim: {one['reason']}" if one["reason"] else f"ε {winner} by RepeatAndSelect, {drawn}",
             ),
         ]
-    )
+    return table(rows)
 
 
 def _epsilon(value: float | None) -> str:
     return "0" if value == 0 else units.epsilon(value)
 
 
-def trials(texts: Sequence[str], done: Sequence[Trial], sought: Sought, console: Console | None = None) -> None:
-    """Prints every trial of a search that shows all of them, the best one by name, and what they cost together."""
-    out, best = console or Console(highlight=False), max(done, key=lambda trial: trial.validation)
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("", "settings", "validation", "accuracy", "ε", "run"):
-        table.add_column(name, overflow="fold")
-    for trial in done:
-        report = results.load(trial.folder)
-        table.add_row(
-            "✓" if trial is best else "",
-            Text(texts[trial.candidate].strip()),
-            units.percent(trial.validation),
-            units.percent(report["final"]["accuracy"]),
-            units.epsilon(report["privacy"]["worst_epsilon"]),
-            Text(str(trial.folder)),
-            style="green" if trial is best else "",
-        )
-    totals = [client["epsilon_total"] for client in report["privacy"]["clients"]]
-    out.print()
-    out.print(table)
-    out.print()
-    rows = [
-        ("Best on validation data", f"{texts[best.candidate].strip()} ({best.folder})"),
-        ("These trials cost", f"ε {units.epsilon(sought.composition)} by plain composition, worst client"),
-    ]
-    if totals and None not in totals:
-        rows.append(("Spent over the ledger", f"ε {units.epsilon(max(totals))}, worst client"))
-    out.print(_table(rows))
-    out.print(Padding(Text(VALIDATION, style="dim"), (0, 2)))
-
-
-def winner(text: str, best: Trial, sought: Sought, console: Console | None = None) -> None:
-    """Prints what a secret search may say: the winner, and what may be claimed of it."""
-    out = console or Console(highlight=False)
-    of = f"{sought.trials:g} trials on average ({sought.distribution})"
-    rows = [
-        ("Winner", f"{text.strip()}, {units.percent(best.validation)} on validation data"),
-        ("Claim for it alone", f"ε {units.epsilon(sought.selection)} by RepeatAndSelect, {of}"),
-        ("Charged to the ledger", "every trial, by plain composition"),
-    ]
-    out.print()
-    out.print(Text("Search", style="bold"))
-    out.print(_table(rows))
-    out.print(Padding(Text(f"{CONDITIONS} {VALIDATION}", style="dim"), (0, 2)))
-
-
-def _table(rows: Iterable[tuple[str, str]]) -> Table:
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
-    table.add_column(min_width=24, no_wrap=True)
-    table.add_column(overflow="fold")
+def table(rows: Iterable[tuple[str, str]]) -> Table:
+    """Names and values side by side."""
+    made = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+    made.add_column(min_width=24, no_wrap=True)
+    made.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(Text(units.printable(name)), Text(units.printable(value)))
-    return table
+        made.add_row(Text(units.printable(name)), Text(units.printable(value)))
+    return made

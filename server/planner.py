@@ -4,25 +4,20 @@ It asks the code that a run goes through (settings, `budget.plans`, the accounta
 of its own, so a run with the settings of an answer gets the same plans.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from clients.device import draw
 from clients.task import Device, Hello
-from privacy import accounting, certificate
-from privacy.plan import Mechanism, Plan
+from privacy import certificate
+from privacy.plan import Plan
 from privacy.refused import Refused
 from scenarios import Scenario
 from scenarios.settings import Settings, override
-from server import accounts, budget, purses, select
+from server import accounts, budget, purses, reach, select, units
 from server import run as job
 from server.purses import Held, Purse
-
-_NO_BOUND = 1e5
-"""A noise multiplier that no one runs with: where even it does not reach an epsilon, more noise is no way out."""
-_MOST_STEPS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -47,8 +42,9 @@ class Answer:
     reason: str = ""
     """Why it is not feasible; empty where it is."""
     nearest: Mapping[str, Any] = field(default_factory=dict)
-    """{epsilon, client_epsilon, rounds, noise_multiplier}: each alone makes it feasible, the last as privacy.max_noise;
-    None: no value of it does."""
+    """{epsilon, client_epsilon, rounds, noise_multiplier, ready}: each alone makes it feasible, but for the epsilons of
+    privacy.unit=both, which go together. noise_multiplier: as privacy.max_noise. ready: seconds since 1970 from which
+    enough windows of time have passed. None: no value of it does."""
     most_rounds: int | None = None
     """The most rounds with this epsilon at privacy.max_noise; beyond a million steps nobody looks."""
 
@@ -84,9 +80,10 @@ def answer(scenario: Scenario, settings: Settings, open_epsilon: bool = False, o
     try:
         plans = budget.plans(fleet, settings)
     except Refused:
-        nearest = _nearest(fleet, settings)  # raises it again where the target is not what is wrong
-        if open_epsilon and nearest["epsilon"] is not None:
-            return answer(scenario, override(settings, f"privacy.epsilon={nearest['epsilon']!r}"))
+        nearest = reach.nearest(fleet, settings)  # raises it again where the target is not what is wrong
+        pair = nearest["epsilon"], nearest["client_epsilon"]
+        if open_epsilon and settings.privacy.client_epsilon in (None, pair[1]):
+            return answer(scenario, at(settings, *pair))
         if open_rounds and nearest["rounds"]:
             return answer(scenario, override(settings, f"rounds.number={nearest['rounds']}"))
         return Answer(scenario, settings, fleet, {}, None, reason=_out_of_reach(settings, nearest), nearest=nearest)
@@ -98,7 +95,7 @@ def answer(scenario: Scenario, settings: Settings, open_epsilon: bool = False, o
         certified(plans.values()),
         certified(plan.whole for plan in plans.values() if plan.whole),
         budget.test_plans(fleet, settings),
-        most_rounds=_most_rounds(fleet, settings, plans),
+        most_rounds=reach.most_rounds(fleet, settings, plans),
     )
     if settings.privacy.noise_seed is not None:
         return found  # promises nothing, so that nothing is charged
@@ -107,11 +104,18 @@ def answer(scenario: Scenario, settings: Settings, open_epsilon: bool = False, o
     if able >= needed:
         return found
     most = everyone_pays(found, len(found.held)) or everyone_pays(found, needed)
-    if open_epsilon and most:
-        return answer(scenario, override(settings, f"privacy.epsilon={most!r}"))
+    if open_epsilon and most and settings.privacy.client_epsilon in (None, most[1]):
+        return answer(scenario, at(settings, *most))
     # fewer rounds of one epsilon cost the same
-    nearest = {"epsilon": most, "client_epsilon": None, "rounds": None, "noise_multiplier": None}
-    return replace(found, reason=_out_of_money(found, able, needed, most), nearest=nearest)
+    nearest = dict.fromkeys(("rounds", "noise_multiplier")) | {"ready": _ready(found, needed)}
+    nearest = dict(zip(("epsilon", "client_epsilon"), most or (None, None), strict=True)) | nearest
+    return replace(found, reason=_out_of_money(found, able, needed, nearest), nearest=nearest)
+
+
+def at(settings: Settings, epsilon: float, client_epsilon: float | None) -> Settings:
+    """The settings with other epsilons; None leaves that of a client as a whole as it is."""
+    second = "" if client_epsilon is None else f" privacy.client_epsilon={client_epsilon!r}"
+    return override(settings, f"privacy.epsilon={epsilon!r}{second}")
 
 
 def certified(plans: Iterable[Plan]) -> float | None:
@@ -137,121 +141,59 @@ def hold(found: Answer) -> Answer:
     tests = accounts.test_costs(scenario, found.tests)
     charges = [pair for name, paid in asks.items() for pair in zip(paid, found.plans[name].parts, strict=True)]
     charges += [(cost, found.tests[name]) for name, cost in tests.items()]
-    known = purses.purses(path, settings.privacy.budget, charges)
+    known = purses.purses(path, settings.privacy.budget, accounts.window(settings), charges)
     held = {name: tuple(known[cost.account] for cost in paid) for name, paid in asks.items()}
     return replace(found, held=held, examined={name: known[cost.account] for name, cost in tests.items()})
 
 
-def everyone_pays(found: Answer, needed: int) -> float | None:
-    """The largest privacy.epsilon, to three digits, at which `needed` clients pay for all rounds; None: there is none.
+def short(scenario: Scenario, settings: Settings) -> list[Purse]:
+    """The accounts, those of test examples too, that could not pay now for all of a run; none without a ledger."""
+    if settings.privacy.noise_seed is not None:
+        return []
+    fleet = roster(scenario, settings)
+    tests = budget.test_plans(fleet, settings)
+    found = hold(Answer(scenario, settings, fleet, budget.plans(fleet, settings), None, tests=tests))
+    return purses.refused({**found.held, "": tuple(found.examined.values())})
 
-    Where privacy.client_epsilon is set, a client as a whole that cannot pay is beyond the reach of privacy.epsilon.
-    """
-    settings = found.settings
-    governed = 1 if settings.privacy.client_epsilon else 2
+
+def everyone_pays(found: Answer, needed: int) -> tuple[float, float | None] | None:
+    """The largest (privacy.epsilon, privacy.client_epsilon), to three digits and at most those of the plan, at which
+    `needed` clients pay for all rounds. The second is None but under privacy.unit=both; None: there are none."""
     for _ in range(5):
-        able = [owned for owned in found.held.values() if all(purse.pays for purse in owned[governed:])]
-        if len(able) < needed:
+        richest = sorted(found.held.values(), key=_wealth, reverse=True)[:needed]
+        pays: list[float | None] = []
+        for kind in zip(*richest, strict=True):
+            purse = min(kind, key=lambda purse: _wealth([purse]))
+            part = found.plans[purse.client].parts[len(pays)]
+            pays.append(purses.affordable(purse, part, found.settings.privacy.max_noise))
+        if len(richest) < needed or None in pays:
             return None
-        poorest = sorted((_wealth(owned[:governed]) for owned in able), reverse=True)[needed - 1][-1]
-        parts = found.plans[poorest].parts[:governed]
-        pays = [
-            purses.affordable(purse, part, settings.privacy.max_noise)
-            for purse, part in zip(found.held[poorest], parts, strict=False)
-        ]
-        if None in pays:
-            return None
-        epsilon = min(one for one in pays if one is not None)
-        settings = override(settings, f"privacy.epsilon={epsilon!r}")
+        pair = pays[0] or 0.0, pays[1] if len(pays) > 1 else None
+        settings = at(found.settings, *pair)
         try:
             found = hold(replace(found, settings=settings, plans=budget.plans(found.roster, settings)))
         except Refused:
             return None
         if len(purses.able(found.held)) >= needed:
-            return epsilon
+            return pair
     return None
 
 
 def _wealth(owned: Sequence[Purse]) -> tuple[int, float, str]:
     """How far a client's poorest account reaches; by name where two reach as far."""
-    reach = min((purse.rounds, math.inf if purse.left is None else purse.left) for purse in owned)
-    return *reach, owned[0].client
+    return *min((purse.rounds, purse.least_left) for purse in owned), owned[0].client
 
 
-def _nearest(fleet: Mapping[str, Hello], settings: Settings) -> dict[str, Any]:
-    """What Answer.nearest says of the settings that come nearest. Raises Refused where none would work."""
-    privacy, needed = settings.privacy, None
-    loose = override(settings, f"privacy.max_noise={_NO_BOUND!r}")
-    plans: Mapping[str, Plan] = {}
-    for scale in (1, 1e2, 1e4, 1e6):
-        second = f" privacy.client_epsilon={privacy.client_epsilon * scale!r}" if privacy.client_epsilon else ""
-        try:
-            plans = budget.plans(fleet, override(loose, f"privacy.epsilon={privacy.epsilon * scale!r}{second}"))
-        except Refused:
-            if scale == 1e6:
-                raise
-            continue
-        if scale == 1:
-            needed = _rounded_up(max(p.mechanism.noise_multiplier for plan in plans.values() for p in plan.parts))
-        break
-    limits = privacy.epsilon, privacy.client_epsilon or privacy.epsilon
-    costs, reach = [], []
-    for kind, limit in zip(zip(*(plan.parts for plan in plans.values()), strict=True), limits, strict=False):
-        distinct = {(_with_noise(plan, privacy.max_noise), plan.steps, plan.delta) for plan in kind}
-        known = {key: accounting.epsilon({key[0]: key[1]}, key[2]) for key in distinct}
-        worst = max(known, key=lambda key: (known[key], key))
-        costs.append(_rounded_up(known[worst]))
-        steps = accounting.most_steps(worst[0], limit, worst[2], worst[1])
-        reach.append(_rounds_of(settings, steps, worst[1]))
-    rounds = min(reach)
-    while rounds > 0 and not _works(fleet, override(settings, f"rounds.number={rounds}")):
-        rounds -= max(1, rounds // 20)  # another client binds at fewer rounds
-    ways: dict[str, Any] = {"epsilon": max(costs), "client_epsilon": None}
-    if len(costs) == 2:  # each promise has its epsilon, and one cannot stand in for the other
-        ways["client_epsilon"] = costs[1] if costs[0] <= limits[0] else None
-        if privacy.client_epsilon:
-            ways["epsilon"] = costs[0] if costs[1] <= limits[1] else None
-    return {**ways, "rounds": max(0, rounds) or None, "noise_multiplier": needed}
-
-
-def _rounds_of(settings: Settings, steps: int, planned: int) -> int:
-    """Rounds, without recovery, that so many steps of an account pay for; all rounds planned take `planned`."""
-    total, recovery = settings.rounds.number + settings.export.recover_rounds, settings.export.recover_rounds
-    if select.by_turns(settings):
-        return steps * settings.privacy.bands - recovery  # a step is one turn
-    return steps // (planned // total) - recovery
-
-
-def _with_noise(plan: Plan, noise: float) -> Mechanism:
-    """The plan's mechanism with another noise multiplier."""
-    return replace(plan.mechanism, noise_multiplier=noise)
-
-
-def _most_rounds(fleet: Mapping[str, Hello], settings: Settings, plans: Mapping[str, Plan]) -> int:
-    reach = []
-    for kind in zip(*(plan.parts for plan in plans.values()), strict=True):
-        plan = max(kind, key=lambda plan: plan.mechanism.noise_multiplier)
-        loud = _with_noise(plan, settings.privacy.max_noise)
-        steps = accounting.most_steps(loud, plan.epsilon, plan.delta, max(_MOST_STEPS, plan.steps))
-        reach.append(_rounds_of(settings, steps, plan.steps))
-    low, high = settings.rounds.number, min(reach)
-    while low < high and not _works(fleet, override(settings, f"rounds.number={high}")):
-        high = max(low, high - max(1, high // 20))
-    return max(low, high)
-
-
-def _works(fleet: Mapping[str, Hello], settings: Settings) -> bool:
-    try:
-        budget.plans(fleet, settings)
-    except Refused:
-        return False
-    return True
+def _ready(found: Answer, needed: int) -> float | None:
+    """When `needed` clients can pay for all rounds, as their windows pass and nothing else is spent; None: never."""
+    waits = [[purse.ready for purse in owned] for owned in found.held.values()]
+    known = sorted(max(one for one in wait if one is not None) for wait in waits if None not in wait)
+    return known[needed - 1] if len(known) >= needed else None
 
 
 def _out_of_reach(settings: Settings, nearest: Mapping[str, Any]) -> str:
     privacy, recovery = settings.privacy, settings.export.recover_rounds
-    named = {"epsilon": "epsilon", "client_epsilon": "privacy.client_epsilon"}
-    ways = [f"{what} {nearest[key]:g} for these rounds" for key, what in named.items() if nearest[key]]
+    ways = [f"{_epsilons(nearest)} for these rounds"]
     if nearest["rounds"]:
         ways.append(f"{nearest['rounds']} rounds for this epsilon")
     if nearest["noise_multiplier"]:
@@ -260,31 +202,35 @@ def _out_of_reach(settings: Settings, nearest: Mapping[str, Any]) -> str:
     second = f" with privacy.client_epsilon={privacy.client_epsilon:g}" if privacy.client_epsilon else ""
     return (
         f"epsilon {privacy.epsilon:g}{second} cannot be reached in {settings.rounds.number} rounds{more} with "
-        f"privacy.max_noise={privacy.max_noise:g}: the nearest is {', or '.join(ways) or 'none of one setting alone'}"
+        f"privacy.max_noise={privacy.max_noise:g}: the nearest is {', or '.join(ways)}"
     )
 
 
-def _out_of_money(found: Answer, able: int, needed: int, most: float | None) -> str:
+def _epsilons(nearest: Mapping[str, Any]) -> str:
+    second = nearest["client_epsilon"]
+    return f"epsilon {nearest['epsilon']:g}" + (f" with privacy.client_epsilon={second:g}" if second else "")
+
+
+def _out_of_money(found: Answer, able: int, needed: int, nearest: Mapping[str, Any]) -> str:
     poor = purses.refused(found.held)
     named = [f"{purse.client}{whose(found, purse)} {purse.rounds} of them" for purse in poor[:3]]
     more = f" and {len(poor) - 3} more" if len(poor) > 3 else ""
-    way = f"the nearest is epsilon {most:g}" if most else "what they have left pays for no such run"
+    ways = [_epsilons(nearest)] if nearest["epsilon"] else []
+    if nearest["ready"]:  # a window of time passes
+        ways.append(f"the same from {units.moment(nearest['ready'])} on")
+    way = f"the nearest is {', or '.join(ways)}" if ways else "what they have left pays for no such run"
     rounds = f"{poor[0].of} of its turns" if select.by_turns(found.settings) else f"{found.total} rounds"
+    second = found.settings.privacy.client_epsilon
+    also = f" with privacy.client_epsilon={second:g}" if second else ""
     return (
         f"{able} of {len(found.held)} clients can pay for all {rounds} of epsilon "
-        f"{found.settings.privacy.epsilon:g}, {needed} are needed ({', '.join(named)}{more}): {way}"
+        f"{found.settings.privacy.epsilon:g}{also}, {needed} are needed ({', '.join(named)}{more}): {way}"
     )
 
 
 def whose(found: Answer, purse: Purse) -> str:
     """Which account of a client a purse is, where it has two: " (client, made)"."""
     return f" ({purse.account.unit}, {purse.account.dataset})" if found.settings.privacy.unit == "both" else ""
-
-
-def _rounded_up(value: float) -> float:
-    """To four significant digits."""
-    unit = 10 ** (math.floor(math.log10(value)) - 3) if value > 0 else 1.0
-    return float(f"{math.ceil(value / unit) * unit:.4g}")
 
 
 def local_steps(found: Answer, name: str) -> int:

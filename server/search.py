@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 from clients.training import evaluate
 from privacy import cohort_noise
+from privacy.refused import Refused
 from privacy.search import Repetitions
 from scenarios import Scenario
 from scenarios.settings import Settings
-from server import launch, report, results, signature
+from server import launch, planner, report, results, signature
 from server import run as job
 from server.hazards import hazards
 from server.publish import publish
@@ -60,15 +61,28 @@ def secret(
 ) -> Trial | None:
     """A secret number of runs, each of a random candidate; the best of them in `folder`, the others gone.
 
-    None where the number drawn is 0. Raises job.Stopped, and keeps nothing, where a trial stops: to show the best so
-    far would be another law of their number.
+    None where the number drawn is 0. Raises job.Stopped, and keeps nothing, where a trial stops, or where one begins
+    that some account could not pay in full: to show the best so far would be another law of their number, and whom
+    the ledger leaves out makes a trial another mechanism, and tells how many came before. Raises Refused for seeded
+    noise, which promises nothing, and where an account cannot pay for one trial of some candidate.
     """
+    for settings in candidates:
+        if settings.privacy.noise_seed is not None:
+            raise Refused("privacy.noise_seed promises nothing, so nothing can be claimed for a winner: leave it out")
+        if poor := planner.short(scenario, settings):
+            raise Refused(
+                f"the account of client {poor[0].client} ({poor[0].account.unit}, {poor[0].account.dataset}) pays for "
+                f"{poor[0].rounds} of {poor[0].of} rounds of one trial, and a secret search needs all accounts to pay "
+                "for every trial in full: lower privacy.epsilon, or search without --secret"
+            )
     random = cohort_noise.generator(None)
     workshop, best = folder.with_name(f".{folder.name}-{secrets.token_hex(4)}"), None
     try:
         with launch.signals() as stop:
             for number in range(repetitions.draw(random)):
                 candidate = int(random.integers(len(candidates)))
+                if planner.short(scenario, candidates[candidate]):
+                    raise job.Stopped("a trial could not be paid in full")
                 path = workshop / str(number)
                 trial = Trial(candidate, path, _run(scenario, reference, candidates[candidate], path, stop, True))
                 worse = trial if best and trial.validation <= best.validation else best

@@ -1,6 +1,7 @@
 """Numbers as people read them: shares in percent, bytes, seconds, epsilon; what is missing becomes a dash."""
 
 import math
+import time
 from decimal import ROUND_CEILING, Decimal
 
 MISSING = "–"
@@ -46,6 +47,11 @@ def duration(seconds: float | None) -> str:
         if minutes < 2880
         else f"{minutes // 1440} d {minutes // 60 % 24:02} h"
     )
+
+
+def moment(seconds: float) -> str:
+    """Seconds since 1970, to the next full minute: "2026-03-01 14:05 UTC"."""
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(math.ceil(seconds / 60) * 60))
 
 
 def micros(microseconds: float | None) -> str:

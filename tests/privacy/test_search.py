@@ -42,6 +42,29 @@ def test_a_random_candidate_costs_no_less_than_any_of_them_and_no_more_than_a_me
     assert both <= search.best_of([{**candidates[0], **candidates[1]}], 1e-5, Repetitions(5))
 
 
+def test_a_candidate_that_does_not_touch_the_data_adds_nothing_to_the_others() -> None:
+    assert search.best_of([RUN, {}], 1e-5, Repetitions(5)) == search.best_of([RUN], 1e-5, Repetitions(5))
+
+
+@pytest.mark.parametrize("order", [1.5, 2, 8, 32])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("noises", [(1.0, 3.0), (2.0, math.inf)])
+def test_a_random_candidate_is_at_no_order_more_divergent_than_the_worst(
+    order: float, share: float, noises: tuple[float, float]
+) -> None:
+    """By integration. A noise of infinity: a candidate that does not touch the data, here N(0, 1) whatever they are."""
+    x = np.linspace(-80, 80, 200_001)
+
+    def density(shift: float) -> np.ndarray:
+        parts = [stats.norm.pdf(x, shift, z) if math.isfinite(z) else stats.norm.pdf(x) for z in noises]
+        return share * parts[0] + (1 - share) * parts[1] + np.finfo(float).tiny
+
+    ratio = order * np.log(density(1.0)) - (order - 1) * np.log(density(0.0))
+    mixed = math.log(float(np.trapezoid(np.exp(ratio), x))) / (order - 1)
+    worst = max(order / (2 * z**2) for z in noises)
+    assert 0.01 * worst < mixed <= worst * (1 + 1e-6)
+
+
 def test_trials_without_noise_cost_infinity_and_no_trial_nothing() -> None:
     assert search.best_of([RUN, {Mechanism(1.0, 0.0): 1}], 1e-5, Repetitions(3)) == math.inf
     assert search.composed([RUN, {Mechanism(1.0, 0.0): 1}], 1e-5) == math.inf

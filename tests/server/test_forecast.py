@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from privacy import accounting
+from privacy.ledger import Account, Ledger
 from privacy.plan import Mechanism
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario
@@ -34,7 +35,7 @@ def examples(seed: int, size: int = 60) -> Examples:
 
 def found(text: str = "") -> Answer:
     test = examples(1, 400)
-    fleet = Federation(dict.fromkeys("abcd", 60), lambda name: examples(ord(name)), test, test)
+    fleet = Federation(dict.fromkeys("abcd", 60), lambda name: examples(ord(name)), test, test, lambda _: test)
     born = override(Settings(), BASE)
     scenario = Scenario("made", born, {"net": lambda: nn.Linear(6, 2)}, lambda _: fleet, name="made")
     return planner.answer(scenario, override(born, text))
@@ -135,6 +136,37 @@ def test_it_trains_with_two_promises_and_by_turns(text: str, monkeypatch: pytest
         shared = answer.plans["a"].whole
         assert shared is not None
         assert foreseen.whole == accounting.epsilon({shared.mechanism: 2 * 3}, shared.delta)
+
+
+def test_it_predicts_from_noised_test_results_and_says_what_they_would_have_cost() -> None:
+    noised = "evaluation.on=clients evaluation.epsilon=4 evaluation.every=2 rounds.number=4 local.batch=0"
+    answer = found(f"{noised} export.recover_rounds=0 privacy.epsilon=8")
+    foreseen = forecast.forecast(answer, lambda *_: None, UNHURRIED)
+    plan = answer.tests["a"]
+    assert plan.steps == 3
+    times = sum(len(point.accuracies) for point in foreseen.points)
+    assert times == 2 * 7
+    assert foreseen.tests == accounting.epsilon({plan.mechanism: times}, plan.delta)
+    assert foreseen.accuracy is not None
+    assert 0.8 < foreseen.accuracy <= 1
+    exact = forecast.forecast(found("evaluation.on=clients rounds.number=4 local.batch=0"), lambda *_: None, UNHURRIED)
+    assert exact.tests is None
+
+
+def test_whose_test_examples_cannot_pay_does_not_evaluate_in_a_forecast_either(state: Path) -> None:
+    text = "evaluation.on=clients evaluation.epsilon=4 rounds.number=2 export.recover_rounds=0 local.batch=0"
+    poor = {Account("example", name, "made (test)"): (0.1, 1 / 600) for name in "abcd"}
+    Ledger(state / "simulations" / "made.ledger").open(poor)
+    foreseen = forecast.forecast(found(text), lambda *_: None, UNHURRIED)
+    assert (foreseen.accuracy, foreseen.tests) == (None, None)
+    assert "nobody could evaluate" in foreseen.reason
+
+
+def test_who_has_no_budget_but_a_window_of_time_is_left_out_as_well() -> None:
+    answer = found("privacy.window_days=30 privacy.window_epsilon=2.5 local.batch=0")
+    payable = forecast._payable(answer, 4.0, answer.settings)
+    assert set(payable) == set("abcd")
+    assert all(0 < rounds < 6 for rounds in payable.values())
 
 
 def test_the_curve_never_falls_and_goes_through_points_that_do_not() -> None:

@@ -1,14 +1,16 @@
 """umbel plan and umbel search as their user meets them: keys that scripts rely on, one line for what cannot be."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from privacy.ledger import Account, Ledger, Window
 from scenarios import load
-from server import cli
+from server import cli, units
 
 KEYS = (
     "noise_multiplier clip cohort rounds epsilon delta predicted_accuracy feasible nearest unit local_steps "
@@ -96,6 +98,84 @@ def test_the_terminal_shows_the_plan_and_the_page_draws_it(capsys: pytest.Captur
     assert "charged no ledger" in text
 
 
+FIXED = "privacy.unit=client privacy.clip=1 privacy.epsilon=60 rounds.fraction=0.5 privacy.sampling=fixed"
+TWO = (
+    "privacy.unit=both privacy.client_epsilon=20 privacy.update_clip=0.3 evaluation.on=clients evaluation.epsilon=4 "
+    "evaluation.every=2"
+)
+
+
+def test_the_page_and_the_terminal_show_the_promise_to_a_client_as_a_whole_and_to_its_test_examples(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page, settings = tmp_path / "plan.html", f"{QUICK[1]} {TWO} rounds.number=3"
+    words = ["--no-curve", "--trials", "3", "--set", settings]
+    _, facts, _ = plan(capsys, *words)
+    code, out, _ = umbel(capsys, "plan", "digits", *words, "--out", str(page))
+    assert code == 0
+    text = page.read_text()
+    for name, promise in (("Client as a whole", facts["whole"]), ("Test examples", facts["tests"])):
+        row = text[text.index(f"<td>{name}</td>") :].partition("</tr>")[0]
+        for figure in (units.epsilon(promise["epsilon"]), units.number(promise["noise_multiplier"])):
+            assert f">{figure}<" in row
+            assert figure in out
+    assert [(one["unit"], one["dataset"]) for one in facts["search"]["accounts"]] == [
+        ("example", "digits"),
+        ("client", "digits"),
+        ("example", "digits (test)"),
+    ]
+    for one in facts["search"]["accounts"]:
+        assert f">{units.epsilon(one['repeat_and_select_epsilon'])}<" in text
+        assert units.epsilon(one["composition_epsilon"]) in out
+
+
+def test_the_page_and_the_terminal_name_who_cannot_pay_and_of_which_account(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, state: Path
+) -> None:
+    ledger, page = Ledger(state / "simulations" / "digits.ledger"), tmp_path / "plan.html"
+    poor = {Account("example", "client-1", "digits (test)"): (1.0, 1e-3)}
+    ledger.open(poor | {Account("client", "client-2", "digits"): (2.0, 1e-2)}, Window(30, 1.0))
+    words = ["--no-curve", "--set", f"{QUICK[1]} {TWO} rounds.number=3", "--out", str(page)]
+    code, out, _ = umbel(capsys, "plan", "digits", *words)
+    assert code == 0
+    assert "client-2 cannot pay" in out
+    assert "in 30 days left" in " ".join(out.split())
+    assert "1 cannot pay for every evaluation; client-1" in " ".join(out.split())
+    text = page.read_text()
+    assert "<td>client-2</td><td>client, digits</td>" in text
+    assert "<td>client-1</td><td>example, digits (test)</td>" in text
+
+
+def test_of_candidates_with_different_promises_it_says_who_charges_what_and_what_a_winner_cannot_claim(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tried, page = "privacy.unit=example | privacy.unit=both privacy.client_epsilon=20", tmp_path / "plan.html"
+    settings = f"{QUICK[1]} privacy.update_clip=0.3 rounds.number=3"
+    words = ["--no-curve", "--candidates", tried, "--set", settings, "--out", str(page)]
+    code, out, _ = umbel(capsys, "plan", "digits", *words)
+    assert code == 0
+    for said in (" ".join(out.split()), page.read_text()):
+        assert "charged by 1 of 2 settings" in said
+        assert "no claim: a candidate that may win, of privacy.unit=example, promises nothing here" in said
+
+
+def test_a_search_under_both_says_what_each_account_pays_and_a_secret_one_what_each_may_claim(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tried, settings = "privacy.clip=0.3 | privacy.clip=0.5", f"{QUICK[1]} {TWO} rounds.number=2"
+    words = ["digits", "--candidates", tried, "--set", settings, "--out"]
+    code, out, _ = umbel(capsys, "search", *words, str(tmp_path / "s"))
+    assert code == 0
+    for name in ("Training examples", "Client as a whole", "Test examples"):
+        assert re.search(rf"{name} +ε [0-9.]+ by plain composition; over the ledger ε [0-9.]+", " ".join(out.split()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("privacy.search.Repetitions.draw", lambda self, random: 1)
+        code, out, _ = umbel(capsys, "search", *words, str(tmp_path / "w"), "--secret")
+    assert code == 0
+    for name in ("Training examples", "Client as a whole", "Test examples"):
+        assert re.search(rf"{name} +ε [0-9.]+ by RepeatAndSelect", " ".join(out.split()))
+
+
 WRONG = {
     "no unit": (["plan", "digits", "--set", "privacy.unit=none"], "privacy.unit=example"),
     "misspelt setting": (["plan", "digits", "--set", "privacy.epsilo=1"], "privacy.epsilon"),
@@ -110,6 +190,22 @@ WRONG = {
     "candidate out of reach": (["search", "digits", "--candidates", "privacy.epsilon=0.01 | "], "out of reach"),
     "half a trial": (["search", "digits", "--candidates", "privacy.clip=1", "--trials", "1.5"], "--secret"),
     "no candidates": (["search", "digits"], "--candidates"),
+    "a secret search without a common promise": (
+        ["search", "digits", "--secret", "--candidates", "privacy.unit=client privacy.clip=1 | "],
+        "promises nothing here",
+    ),
+    "a secret search of fixed cohorts": (
+        [*["search", "digits", "--secret", "--candidates", "rounds.number=3", "--set"], FIXED],
+        "fixed number",
+    ),
+    "a secret search with seeded noise": (
+        [*["search", "digits", "--secret", "--candidates", "privacy.noise_seed=1"]],
+        "promises nothing",
+    ),
+    "candidates of two fleets": (
+        ["search", "digits", "--candidates", "fleet.clients=4 | fleet.clients=5"],
+        "one fleet",
+    ),
 }
 
 

@@ -102,6 +102,11 @@ OUT_OF_REACH = [
     "privacy.unit=client privacy.epsilon=0.5 privacy.max_noise=9 rounds.number=60 privacy.bands=3",
     "privacy.unit=both privacy.epsilon=0.5 privacy.max_noise=9 rounds.number=60 privacy.update_clip=0.3",
 ]
+OUT_OF_REACH += [
+    f"local.batch=0 privacy.unit=both privacy.epsilon={one} privacy.client_epsilon=0.7 privacy.max_noise=9 "
+    "rounds.number=50"
+    for one in (0.5, 4)
+]
 
 
 @pytest.mark.parametrize("text", OUT_OF_REACH)
@@ -110,14 +115,24 @@ def test_a_target_out_of_reach_has_a_nearest_one_that_is_within_and_next_to_it_n
     found = planner.answer(scenario, settings)
     assert not found.feasible
     assert found.reason.count("\n") == 0
-    names = {"epsilon": "privacy.epsilon", "rounds": "rounds.number", "noise_multiplier": "privacy.max_noise"}
-    beyond = {"epsilon": lambda e: 0.99 * e, "rounds": lambda n: n + 1, "noise_multiplier": lambda z: 0.99 * z}
+    names = {"rounds": "rounds.number", "noise_multiplier": "privacy.max_noise"}
+    beyond = {"rounds": lambda n: n + 1, "noise_multiplier": lambda z: 0.99 * z}
     given = {key: value for key, value in found.nearest.items() if value is not None}
     assert {"epsilon", "noise_multiplier"} <= given.keys()
-    for key, value in given.items():
+    assert ("client_epsilon" in given) == ("both" in text)
+    for value in given.values():
+        assert f"{value:g}" in found.reason
+    for key in names.keys() & given.keys():
+        value = given[key]
         assert planner.answer(scenario, override(settings, f"{names[key]}={value!r}")).feasible, key
         assert not planner.answer(scenario, override(settings, f"{names[key]}={beyond[key](value)!r}")).feasible, key
-        assert f"{value:g}" in found.reason
+    pair = given["epsilon"], given.get("client_epsilon")
+    assert planner.answer(scenario, planner.at(settings, *pair)).feasible
+    asked = settings.privacy.epsilon, settings.privacy.client_epsilon or settings.privacy.epsilon
+    for i, least in enumerate(pair):
+        if least is not None and least != asked[i]:  # the other one is as it was asked for
+            less = tuple(0.99 * value if j == i and value else value for j, value in enumerate(pair))
+            assert not planner.answer(scenario, planner.at(settings, *less)).feasible, i
 
 
 def test_what_was_not_asked_for_gives_way() -> None:
@@ -190,8 +205,10 @@ def test_the_epsilon_that_everyone_can_pay_is_paid_by_all_and_a_little_more_is_n
     scenario, settings = made("rounds.number=8")
     half_spent(scenario, settings, {"a": 12, "b": 15, "c": 1})
     found = planner.answer(scenario, settings)
-    epsilon = planner.everyone_pays(found, len(found.held))
-    assert epsilon is not None
+    pair = planner.everyone_pays(found, len(found.held))
+    assert pair is not None
+    epsilon, second = pair
+    assert second is None
     at = planner.answer(scenario, override(settings, f"privacy.epsilon={epsilon}"))
     assert len(purses.able(at.held)) == len(SIZES)
     above = planner.answer(scenario, override(settings, f"privacy.epsilon={1.02 * epsilon}"))
@@ -235,6 +252,131 @@ def test_under_both_the_account_that_lacks_is_named_and_the_client_takes_part_on
     (short,) = plan_facts.collect("made", found, "none", "none")["spent"]["refused"]
     assert (short["client"], short["unit"]) == ("a", "client")
     assert purses.able(found.held) == ["b", "c", "d"]
+
+
+BOTH = "local.batch=0 privacy.unit=both privacy.update_clip=0.3 privacy.client_epsilon=6"
+
+
+def spent_before(scenario: Scenario, settings: Settings, accounts: dict[Account, tuple[float, float]]) -> Ledger:
+    """A ledger in which each account, of (budget, delta), paid for one Gaussian of noise 1."""
+    ledger = Ledger(planner.accounts.ledger_path(scenario, settings, "embedded"))
+    ledger.open(accounts)
+    assert not ledger.reserve("before", 1, dict.fromkeys(accounts, (Mechanism(1.0, 1.0), 1)))
+    return ledger
+
+
+def test_under_both_want_of_budget_has_a_nearest_pair_that_all_can_pay_and_next_to_it_they_cannot() -> None:
+    scenario, settings = made(f"{BOTH} rounds.minimum=4")
+    spent_before(scenario, settings, {Account("client", "a", "made"): (6, 1 / 40)})
+    spent_before(scenario, settings, {Account("example", "b", "made"): (3, 1 / 600)})
+    found = planner.answer(scenario, settings)
+    assert not found.feasible
+    pair = found.nearest["epsilon"], found.nearest["client_epsilon"]
+    assert 0 < pair[0] < 2
+    assert 0 < pair[1] < 6
+    assert f"epsilon {pair[0]:g} with privacy.client_epsilon={pair[1]:g}" in found.reason
+    near = planner.answer(scenario, planner.at(settings, *pair))
+    assert near.feasible
+    assert len(purses.able(near.held)) == 4
+    assert not planner.answer(scenario, planner.at(settings, 1.02 * pair[0], pair[1])).feasible
+    assert not planner.answer(scenario, planner.at(settings, pair[0], 1.02 * pair[1])).feasible
+
+
+def test_under_both_only_the_promise_that_lacks_gives_way_and_one_that_was_asked_for_never_does() -> None:
+    scenario, settings = made(f"{BOTH} rounds.minimum=4")
+    spent_before(scenario, settings, {Account("client", "a", "made"): (6, 1 / 40)})
+    found = planner.answer(scenario, settings, open_epsilon=True)
+    assert not found.feasible, "privacy.client_epsilon was asked for"
+    assert found.nearest["epsilon"] == 2
+    followed = override(settings, "privacy.epsilon=6 privacy.client_epsilon=")
+    gave_way = planner.answer(scenario, followed, open_epsilon=True)
+    assert gave_way.feasible
+    assert gave_way.settings.privacy.epsilon == 6
+    assert gave_way.settings.privacy.client_epsilon == found.nearest["client_epsilon"]
+
+
+def test_everyone_pays_says_what_both_accounts_of_all_clients_pay() -> None:
+    scenario, settings = made(BOTH)
+    spent_before(scenario, settings, {Account("client", "a", "made"): (6, 1 / 40)})
+    spent_before(scenario, settings, {Account("example", "b", "made"): (3, 1 / 600)})
+    found = planner.answer(scenario, settings)
+    assert found.feasible, "two of four clients are enough"
+    spent = plan_facts.collect("made", found, "none", "none")["spent"]
+    assert {(one["client"], one["unit"]) for one in spent["refused"]} == {("a", "client"), ("b", "example")}
+    pair = spent["affordable_epsilon"], spent["affordable_client_epsilon"]
+    assert len(purses.able(planner.answer(scenario, planner.at(settings, *pair)).held)) == 4
+
+
+def test_a_client_whose_test_account_cannot_pay_is_named_and_goes_on_training(tmp_path: Path) -> None:
+    scenario, settings = made("local.batch=0 evaluation.on=clients evaluation.epsilon=4 evaluation.every=1")
+    spent_before(scenario, settings, {Account("example", "a", "made (test)"): (5, 1 / 400)})
+    found = planner.answer(scenario, settings)
+    assert found.feasible
+    assert purses.able(found.held) == list("abcd")
+    facts = plan_facts.collect("made", found, "none", "none")
+    (short,) = facts["tests"]["refused"]
+    assert (short["client"], short["dataset"]) == ("a", "made (test)")
+    assert short["rounds"] < short["of"] == facts["tests"]["evaluations"]
+    report = run(tmp_path / "run", scenario, settings)
+    evaluated = {client["name"]: client["tests"]["steps"] for client in report["privacy"]["clients"]}
+    assert evaluated == {"a": short["rounds"], "b": 4, "c": 4, "d": 4}
+    assert {client["steps"] for client in report["privacy"]["clients"] if client["name"] == "a"} == {3}
+
+
+WINDOW = "local.batch=0 rounds.number=8 privacy.window_days=30 privacy.window_epsilon=3"
+
+
+def at_time(patch: pytest.MonkeyPatch, days: float) -> None:
+    patch.setattr("privacy.chain.time.time", lambda: 1_800_000_000 + days * 86_400)
+
+
+def test_what_a_window_of_time_holds_is_not_paid_for_and_once_it_passed_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenario, settings = made(WINDOW)
+    at_time(monkeypatch, 0)
+    ledger = half_spent(scenario, settings, {"a": 12, "b": 15}, budget=None)
+    at_time(monkeypatch, 10)
+    found = planner.answer(scenario, settings)
+    assert found.feasible
+    short = {purse.client: purse for purse in purses.refused(found.held)}
+    assert short.keys() == {"a", "b"}
+    window = planner.accounts.window(settings)
+    ledger.open({Account("example", name, "made"): (None, 1.2 * found.plans[name].delta) for name in SIZES}, window)
+    for name, purse in short.items():
+        account, plan, paid = Account("example", name, "made"), found.plans[name], 0
+        while not ledger.reserve("run", paid + 1, {account: (plan.mechanism, plan.steps // found.total)}):
+            paid += 1
+        assert purse.rounds == paid
+    facts = plan_facts.collect("made", found, "none", "none")["spent"]["refused"]
+    assert [one["window"]["epsilon"] for one in facts] == [3, 3]
+    assert all(0 < one["window"]["left"] < 3 and one["budget"] is None for one in facts)
+
+
+def test_where_a_window_is_what_lacks_the_plan_says_from_when_on_it_can_be_paid(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scenario, settings = made(f"{WINDOW} rounds.minimum=4")
+    at_time(monkeypatch, 0)
+    half_spent(scenario, settings, {"a": 12, "b": 15}, budget=None)
+    at_time(monkeypatch, 10)
+    found = planner.answer(scenario, settings)
+    assert not found.feasible
+    ready = found.nearest["ready"]
+    assert plan_facts.collect("made", found, "none", "none")["nearest"]["ready"] in found.reason
+    cheaper = planner.answer(scenario, override(settings, f"privacy.epsilon={found.nearest['epsilon']}"))
+    assert cheaper.feasible
+    monkeypatch.setattr("privacy.chain.time.time", lambda: ready - 1)
+    assert not planner.answer(scenario, settings).feasible
+    monkeypatch.setattr("privacy.chain.time.time", lambda: ready)
+    assert planner.answer(scenario, settings).feasible
+
+
+def test_a_run_that_is_dearer_than_its_whole_window_is_never_ready() -> None:
+    scenario, settings = made("local.batch=0 privacy.window_days=30 privacy.window_epsilon=1")
+    found = planner.answer(scenario, settings)
+    assert not found.feasible
+    assert found.nearest["ready"] is None
+    assert found.nearest["epsilon"] <= 1
+    assert planner.answer(scenario, override(settings, f"privacy.epsilon={found.nearest['epsilon']}")).feasible
 
 
 def test_a_ledger_that_a_run_would_refuse_is_refused_in_the_same_words(tmp_path: Path) -> None:
