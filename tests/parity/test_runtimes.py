@@ -35,9 +35,8 @@ SMALL = (
     "reference.central_epochs=0 reference.no_privacy=false codec=topk:0.5"
 )
 NOISE = {
-    "with noise": "privacy.noise_seed=1",
-    "without": "privacy.unit=none",
     "with noise and control variates": "privacy.noise_seed=1 local.scaffold=true local.steps=3",
+    "without": "privacy.unit=none",  # and with the residual of topk in the place of control variates
 }
 
 
