@@ -63,7 +63,8 @@ def _work(content: RecordDict, context: Context) -> RecordDict:
             raise Refused(f"this node is {name}, the task is for {task.client}")
         if task.deadline:  # the link takes its part of it: this node's owner knows how fast it is
             size = task.weights.nbytes
-            link = device.transfer_seconds(device.said(context.node_config), size, size)
+            down = size if task.control is None else 2 * size
+            link = device.transfer_seconds(device.said(context.node_config), down, size)
             task = replace(task, deadline=max(1e-9, task.deadline - link))
         own = _own(context)
         reply = own.answer(node, task) if own else training.answer(node, task)

@@ -1,7 +1,7 @@
 """Task, Reply and Hello <-> Flower records: the only file that knows record keys.
 
 What arrives is hostile until it is checked. A message is one ConfigRecord of scalars and, for tasks and
-replies, one ArrayRecord with one flat array.
+replies, one ArrayRecord with one flat array; a task may have a second one, its control variate.
 Every decoder raises ValueError with the reason when keys, types, sizes or ranges are not exactly the expected ones.
 """
 
@@ -16,9 +16,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from clients.task import Charge, Device, Hello, Reply, Task
 from privacy.chain import Head
 from privacy.plan import Mechanism
-from scenarios.weights import Layout, Vector
+from scenarios.weights import Layout
 
-_FIELDS, _ARRAYS, _FLAT = "umbel", "arrays", "flat"
+_FIELDS, _ARRAYS, _FLAT, _CONTROL = "umbel", "arrays", "flat", "control"
 _WEIGHTS = "umbel.float32.v1"  # little-endian float32, without a header
 _PAYLOAD = "umbel.payload.v1"  # what a codec wrote; read by that codec alone
 
@@ -81,13 +81,19 @@ _NOISED = {"examples", "correct"}
 """What noise may take below 0, where the task asks for it."""
 
 
-def encode_weights(weights: Vector) -> ArrayRecord:
-    """The weights (P,) as a record that the tasks of one round share: it is sent, and lies in memory, once."""
-    return _array(np.ascontiguousarray(weights, "<f4").tobytes(), "float32", len(weights), _WEIGHTS)
+def encode_arrays(task: Task) -> ArrayRecord:
+    """Weights and control variate, (P,) each, as a record that the tasks of one round share: it is sent once."""
+    named = {_FLAT: task.weights} | ({} if task.control is None else {_CONTROL: task.control})
+    return ArrayRecord(
+        {
+            name: _array(np.ascontiguousarray(vector, "<f4").tobytes(), "float32", len(vector), _WEIGHTS)
+            for name, vector in named.items()
+        }
+    )
 
 
-def encode_task(task: Task, weights: ArrayRecord | None = None) -> RecordDict:
-    """The message for `task`; `weights` is `encode_weights(task.weights)` where several tasks share it."""
+def encode_task(task: Task, arrays: ArrayRecord | None = None) -> RecordDict:
+    """The message for `task`; `arrays` is `encode_arrays(task)` where several tasks share it."""
     mechanism = task.mechanism or Mechanism(sampling_rate=0.0, noise_multiplier=0.0)
     fields: dict[str, Any] = {
         **{name: getattr(task, name) for name in _TASK if hasattr(task, name)},
@@ -101,7 +107,7 @@ def encode_task(task: Task, weights: ArrayRecord | None = None) -> RecordDict:
         "ranks": [len(shape) for _, shape in task.layout],
         "dims": [size for _, shape in task.layout for size in shape],
     }
-    return RecordDict({_FIELDS: _config(fields, _TASK), _ARRAYS: weights or encode_weights(task.weights)})
+    return RecordDict({_FIELDS: _config(fields, _TASK), _ARRAYS: arrays or encode_arrays(task)})
 
 
 def decode_task(record: RecordDict) -> Task:
@@ -111,17 +117,23 @@ def decode_task(record: RecordDict) -> Task:
         raise ValueError(f"a task of unknown kind {_shown(fields['kind'])!r}")
     layout = _layout(fields)
     size = sum(math.prod(shape) for _, shape in layout)
-    weights = np.frombuffer(_data(record, "float32", size, _WEIGHTS, 4), "<f4").astype(np.float32)
-    if not np.isfinite(weights).all():
-        raise ValueError("the weights of the task are not finite")
+    arrays = record[_ARRAYS]
+    more = {_CONTROL} if fields["kind"] == "train" and isinstance(arrays, ArrayRecord) and _CONTROL in arrays else set()
+    vectors = {
+        name: np.frombuffer(_data(record, "float32", size, _WEIGHTS, 4, name, {_FLAT} | more), "<f4").astype(np.float32)
+        for name in {_FLAT} | more
+    }
+    if not all(np.isfinite(vector).all() for vector in vectors.values()):
+        raise ValueError("the weights of the task, or its control variate, are not finite")
     return Task(
         kind=fields["kind"],
         round=fields["round"],
         client=_name(fields["client"]),
-        weights=weights,
+        weights=vectors[_FLAT],
         layout=layout,
         rate=fields["rate"],
         steps=fields["steps"],
+        control=vectors.get(_CONTROL),
         state_round=fields["state_round"],
         deadline=fields["deadline"],
         mechanism=_mechanism(fields),
@@ -137,7 +149,7 @@ def encode_reply(reply: Reply) -> RecordDict:
     fields = {name: getattr(reply, name) for name in _REPLY if hasattr(reply, name)} | _written("node", reply.head)
     fields["reason"] = _shown(reply.reason)
     array = _array(reply.payload, "uint8", len(reply.payload), _PAYLOAD)
-    return RecordDict({_FIELDS: _config(fields, _REPLY), _ARRAYS: array})
+    return RecordDict({_FIELDS: _config(fields, _REPLY), _ARRAYS: ArrayRecord({_FLAT: array})})
 
 
 def decode_reply(record: RecordDict, task: Task) -> Reply:
@@ -198,8 +210,8 @@ def _config(fields: Mapping[str, Any], kinds: Mapping[str, type]) -> ConfigRecor
     return ConfigRecord({name: kind(fields[name]) for name, kind in kinds.items()})
 
 
-def _array(data: bytes, dtype: str, size: int, stype: str) -> ArrayRecord:
-    return ArrayRecord({_FLAT: Array(dtype=dtype, shape=(size,), stype=stype, data=data)})
+def _array(data: bytes, dtype: str, size: int, stype: str) -> Array:
+    return Array(dtype=dtype, shape=(size,), stype=stype, data=data)
 
 
 def _fields(
@@ -222,11 +234,20 @@ def _fields(
     return dict(config)
 
 
-def _data(record: RecordDict, dtype: str, size: int | None, stype: str, width: int) -> bytes:
+def _data(
+    record: RecordDict,
+    dtype: str,
+    size: int | None,
+    stype: str,
+    width: int,
+    name: str = _FLAT,
+    names: Collection[str] = frozenset({_FLAT}),
+) -> bytes:
+    """The bytes of array `name`; `names`: all that may be there."""
     arrays = record[_ARRAYS]
-    if not isinstance(arrays, ArrayRecord) or set(arrays) != {_FLAT}:
+    if not isinstance(arrays, ArrayRecord) or set(arrays) != set(names):
         raise ValueError("a message with other arrays than expected")
-    array = arrays[_FLAT]
+    array = arrays[name]
     if (array.dtype, array.stype) != (dtype, stype):
         raise ValueError(f"an array of {_shown(f'{array.dtype} as {array.stype}')!r}, not {dtype} as {stype!r}")
     if not isinstance(array.data, bytes) or len(array.data) % width:

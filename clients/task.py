@@ -68,6 +68,8 @@ class Task:
     """Learning rate of this round."""
     steps: int = 0
     """Local steps to take (fewer where the deadline comes first)."""
+    control: Vector | None = None
+    """(P,) float32, the server's control variate (clients/scaffold.py); None: without."""
     state_round: int = 0
     """The round whose client state this task goes on from; 0: none yet."""
     deadline: float = 0.0

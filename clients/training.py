@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import hmac
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,18 +11,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clients import codecs, device
+from clients import codecs, device, scaffold, state
 from clients.task import Device, Hello, Reply, Task
 from privacy import accounting, cohort_noise, dp_sgd, durable, local_noise, noisy_counts
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, build_model, predict
 from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
-from scenarios.weights import Vector, fit, flatten, load
+from scenarios.weights import Vector, fit, flatten, load, unflatten
 
 
 @dataclass(frozen=True)
@@ -85,19 +83,25 @@ def _train(node: Node, task: Task) -> Reply:
     if wanted.unit == "local":
         asked = task.update_clip, task.update_noise
         local_noise.hold_to(*asked, wanted.clip, wanted.epsilon, wanted.delta, number)
+    if task.control is not None and not settings.local.scaffold:
+        raise Refused("the task has a control variate that this node's settings do not ask for")
+    before = state.load(node.states, task)
+    correction = scaffold.correction(task, before.control) if settings.local.scaffold else None
     examples = node.federation.client(task.client)
     model = _model(node, task)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(settings.run.seed, "layers", task.round, task.client))
-        steps = train(model, examples, node.scenario.loss, task, settings.local, settings)
+        steps = train(model, examples, node.scenario.loss, task, settings.local, settings, correction)
     if not steps:
         return Reply(task.round, task.client, reason="the deadline came before its first step", late=True)
     update, within = protected(flatten(model) - task.weights, task, settings)
-    residual = _load_state(node.states, task)
-    seed = derive(settings.run.seed, "codec", task.round, task.client)
-    payload, residual = codecs.resolve(settings.codec).encode(update, residual, seed)
-    if residual is not None:
-        _save_state(node.states, task, residual)
+    codec, seed = codecs.resolve(settings.codec), derive(settings.run.seed, "codec", task.round, task.client)
+    payload, residual = codec.encode(update, before.residual, seed)
+    after = state.ClientState(residual=residual)
+    if correction is not None:  # the variate does what a residual would: clients/scaffold.py
+        sent = codec.decode(payload, len(update))
+        after = state.ClientState(control=scaffold.advanced(task, before.control, sent, steps))
+    state.save(node.states, task, after)
     return Reply(task.round, task.client, payload, len(examples.y), steps, within=within)
 
 
@@ -117,16 +121,19 @@ def train(
     task: Task,
     local: Local,
     settings: Settings,
+    correction: Vector | None = None,
 ) -> int:
     """Local SGD on `model`, in place; returns the steps taken: task.steps, or fewer where the deadline came first.
 
     With a mechanism every gradient comes clipped and noised from DP-SGD. The proximal term (FedProx, Li et al. 2020,
-    eq. 2) and weight decay are added to the gradient afterwards: they depend on weights alone, so they cost no privacy
-    and stay exact.
+    eq. 2), weight decay and `correction` (P,) (clients/scaffold.py) are added to the gradient afterwards: they depend
+    on weights and on updates sent before alone, so they cost no privacy and stay exact.
     """
     stop = time.monotonic() + task.deadline if task.deadline else float("inf")
     seeds = settings.run.seed, settings.privacy.noise_seed
     start = [parameter.detach().clone() for parameter in model.parameters()] if local.proximal else []
+    named = {} if correction is None else unflatten(correction, task.layout)
+    corrections = [named[name] for name, _ in model.named_parameters()] if named else []
     private = None
     if task.mechanism is not None:
         noise = None if seeds[1] is None else derive(seeds[1], "noise", task.round, task.client)
@@ -154,6 +161,8 @@ def train(
                     parameter.grad.add_(parameter - start[i], alpha=local.proximal)
                 if local.weight_decay:
                     parameter.grad.add_(parameter, alpha=local.weight_decay)
+                if corrections:
+                    parameter.grad.add_(corrections[i])
                 parameter.sub_(parameter.grad, alpha=task.rate)
         steps += 1
     if private is not None:
@@ -209,31 +218,3 @@ def _model(node: Node, task: Task) -> nn.Module:
     fit(model, task.layout)
     load(model, task.weights)
     return model
-
-
-def _state_file(states: Path, client: str, round_number: int) -> Path:
-    folder = hashlib.sha256(client.encode()).hexdigest()[:16]  # a name from the network is no path
-    return states / folder / f"{round_number}.npy"
-
-
-def _load_state(states: Path, task: Task) -> Vector | None:
-    """The client state of the last round that was committed with this client in it; a later one never happened."""
-    path = _state_file(states, task.client, task.state_round)
-    if not task.state_round or not path.exists():
-        return None
-    state = np.load(path, allow_pickle=False)
-    return state if state.shape == task.weights.shape and state.dtype == np.float32 else None
-
-
-def _save_state(states: Path, task: Task, state: Vector) -> None:
-    path = _state_file(states, task.client, task.round)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.glob("*.npy"):
-        if old.stem.isdigit() and int(old.stem) < task.state_round:
-            old.unlink()
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.save(file, state, allow_pickle=False)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

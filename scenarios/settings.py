@@ -47,6 +47,7 @@ class Local(Section):
     decay: float = Field(0.0, ge=0, lt=1, description="share of local.rate that is lost, linearly, by the last round")
     proximal: float = Field(0.0, ge=0, description="FedProx: pull towards the round's weights (acts after DP noise)")
     weight_decay: float = Field(0.0, ge=0, description="pull towards zero, L2 (acts after DP noise)")
+    scaffold: bool = Field(False, description="SCAFFOLD: correct every step by control variates (acts after DP noise)")
 
 
 class Server(Section):

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from clients.task import Hello
@@ -39,8 +40,11 @@ def pruned_state(node: Node, state: ServerState, final: Vector, number: int) -> 
         layout=layout(model),
         step=step.resolve(settings.server).init(len(weights)),
         until=state.round + number,
+        control=None if state.control is None else np.zeros_like(weights),  # as in round 1
         noise=None,  # of as many entries as the unpruned weights: a new block begins (privacy/matrix_noise.py)
-        clients={name: replace(spent, last=0) for name, spent in state.clients.items()},  # residuals of another model
+        clients={
+            name: replace(spent, last=0) for name, spent in state.clients.items()
+        },  # client states are of another model
     )
 
 

@@ -115,16 +115,17 @@ class GridFleet:
     def _push(self, sent: Mapping[str, _Sent]) -> None:
         """Send the tasks that are not on their way and whose nodes are there; the weights they share travel once."""
         now = time.monotonic()
-        shared: dict[int, ArrayRecord] = {}
+        shared: dict[tuple[int, int], ArrayRecord] = {}
         outgoing: dict[str, Message] = {}
         for client, waiting in sent.items():
             if waiting.message or self._nodes.get(client) not in self._here:
                 continue
             task = waiting.task
-            if id(task.weights) not in shared:
-                shared[id(task.weights)] = messages.encode_weights(task.weights)
+            same = id(task.weights), id(task.control)
+            if same not in shared:
+                shared[same] = messages.encode_arrays(task)
             outgoing[client] = Message(
-                messages.encode_task(task, shared[id(task.weights)]),
+                messages.encode_task(task, shared[same]),
                 self._nodes[client],
                 MessageType.TRAIN if task.kind == "train" else MessageType.EVALUATE,
                 ttl=max(0.1, waiting.limit - now),

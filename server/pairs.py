@@ -1,11 +1,13 @@
-"""Privacy settings that do not fit one another, refused before anyone is asked."""
+"""Settings that do not fit one another, refused before anyone is asked."""
 
 from privacy.refused import Refused
 from scenarios.settings import Settings
 
 
 def check(settings: Settings) -> None:
-    """Raises Refused, in one line, for sampling, bands or budgets that the unit, or each other, makes no sense of."""
+    """Raises Refused, in one line, for what the unit of privacy, or another setting, makes no sense of."""
+    if settings.local.scaffold:
+        _scaffold(settings)
     privacy, fraction, evaluation = settings.privacy, settings.rounds.fraction, settings.evaluation
     if privacy.budget is not None and privacy.unit == "none":
         raise Refused(
@@ -40,4 +42,28 @@ def check(settings: Settings) -> None:
         raise Refused(
             "privacy.adapt moves the norm from round to round, and the noise of privacy.bands is that of one norm: set "
             "privacy.adapt=false or privacy.bands=1"
+        )
+
+
+def _scaffold(settings: Settings) -> None:
+    unit, combine = settings.privacy.unit, settings.server.combine
+    if settings.privacy.by_client:
+        raise Refused(
+            f"local.scaffold sums every client's own control variate, and under privacy.unit={unit} the server may "
+            "let out only a noised sum of updates: set local.scaffold=false, or privacy.unit=example"
+        )
+    if unit == "local":
+        raise Refused(
+            "local.scaffold would make the noise on a client's update (privacy.unit=local), which is many times longer "
+            "than the update, the direction of its next one: set local.scaffold=false, or privacy.unit=example"
+        )
+    if combine != "mean":
+        raise Refused(
+            f"local.scaffold keeps the mean of all control variates, and server.combine={combine} leaves some updates "
+            "out: set local.scaffold=false or server.combine=mean"
+        )
+    if settings.local.proximal:
+        raise Refused(
+            "local.scaffold and local.proximal both act against drift, and control variates would take the pull for "
+            "gradient: set one of them to 0 (false)"
         )

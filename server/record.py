@@ -93,6 +93,8 @@ class RunFolder:
         tensors["weights"] = state.weights
         if state.average is not None:
             tensors["average"] = state.average
+        if state.control is not None:
+            tensors["control"] = state.control
         if state.noise is not None:
             tensors["noise"] = state.noise
         rest = {
@@ -139,6 +141,7 @@ class RunFolder:
                 averaged=rest["averaged"],
                 clock=rest["clock"],
                 clip=rest.get("clip", 0.0),
+                control=tensors.get("control"),
                 noise=tensors.get("noise"),
             )
             row = rest["row"]

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from clients import codecs
+from clients import codecs, scaffold
 from clients.task import Hello, Reply, Task
 from privacy import accounting, cohort_noise
 from privacy.matrix_noise import BandedNoise
@@ -69,7 +69,7 @@ def rounds(
         began, number = time.monotonic(), state.round + 1
 
         # who is asked, and may they: what they could release is written down before any task goes out
-        traffic = state.weights.nbytes, codec.bytes(len(state.weights))
+        traffic = state.download, codec.bytes(len(state.weights))
         chosen = select.cohort(names, roster, settings, number, traffic, plans, state.clients)
         clip = state.clip or settings.privacy.update_norm
         for name, reason in (journal.reserve(number, chosen.paid) if plans and chosen.paid else {}).items():
@@ -81,6 +81,8 @@ def rounds(
         row = _new_row(state, number, chosen, tasks)
         accepted: dict[str, int] = {}
         good = _good(fleet.ask(tasks), tasks, roster, settings, codec, journal, row, accepted)
+        if tally := _tally(state, roster, settings, number):
+            good = tally.through(good)
         if central is None:
             update = combined(good, settings.server)
         elif isinstance(central, BandedNoise):
@@ -95,7 +97,9 @@ def rounds(
         if update is not None and row["reason"] is None:
             try:
                 weights, step_state = server_step.apply(state.step, state.weights, update)
-                state, row["applied"] = replace(state, weights=weights, step=step_state, clip=clip), True
+                control = tally.advanced() if tally else None
+                state = replace(state, weights=weights, step=step_state, clip=clip, control=control)
+                row["applied"] = True
             except OverflowError as error:
                 row["reason"] = str(error)
 
@@ -146,6 +150,7 @@ def _task(
         layout=state.layout,
         rate=rate(settings.local, number, settings.rounds.number),
         steps=steps,
+        control=state.control,
         state_round=state.clients[name].last if name in state.clients else 0,
         deadline=settings.fleet.deadline if settings.fleet.clock == "wall" else 0.0,
         mechanism=plan.mechanism if plan else None,
@@ -153,6 +158,19 @@ def _task(
         update_clip=clip if settings.privacy.by_client or local else 0.0,
         update_noise=plans[name].mechanism.noise_multiplier if local else 0.0,
     )
+
+
+def _tally(state: ServerState, roster: Mapping[str, Hello], settings: Settings, number: int) -> scaffold.Tally | None:
+    """What sums the next control variate, where there is one; a client without examples never takes part."""
+    if state.control is None:
+        return None
+    whole = sum(_weight(hello.examples, settings) for hello in roster.values() if hello.examples)
+    return scaffold.Tally(state.control, rate(settings.local, number, settings.rounds.number), whole)
+
+
+def _weight(examples: int, settings: Settings) -> float:
+    """What a client with so many examples weighs in the mean."""
+    return float(examples) if settings.server.weighting == "examples" else 1.0
 
 
 def _central(plans: Mapping[str, Plan], settings: Settings) -> cohort_noise.CohortNoise | BandedNoise:
@@ -187,7 +205,7 @@ def _too_few(chosen: select.Cohort, accepted: Mapping[str, int], settings: Setti
 def _withhold(row: Row, state: ServerState, codec: codecs.Codec, expected: int) -> None:
     """What would tell who was drawn stays out of the row; bytes are those of the cohort expected."""
     row.update(cohort=[], replies=None, rejected=[], late=[], skipped=[], simulated_seconds=None)
-    row.update(bytes_up=expected * codec.bytes(len(state.weights)), bytes_down=expected * state.weights.nbytes)
+    row.update(bytes_up=expected * codec.bytes(len(state.weights)), bytes_down=expected * state.download)
 
 
 def _new_row(state: ServerState, number: int, chosen: select.Cohort, tasks: Sequence[Task]) -> Row:
@@ -202,7 +220,7 @@ def _new_row(state: ServerState, number: int, chosen: select.Cohort, tasks: Sequ
         "applied": False,
         "reason": None,
         "bytes_up": 0,
-        "bytes_down": state.weights.nbytes * len(tasks),
+        "bytes_down": state.download * len(tasks),
     }
 
 
@@ -240,8 +258,7 @@ def _good(
             continue
         row["replies"] += 1
         accepted[task.client] = reply.steps
-        weight = float(reply.examples) if settings.server.weighting == "examples" else 1.0
-        yield combine.Contribution(update, weight, reply.steps, reply.within)
+        yield combine.Contribution(update, _weight(reply.examples, settings), reply.steps, reply.within)
 
 
 def _advance(

@@ -113,7 +113,9 @@ def cohort(
         steps = local_steps(settings.local, examples, by_example)
         batch = min(settings.local.batch or examples, examples)
         gradients = batch if by_example else 0  # one an example
-        memory = traffic[0] * (4 + gradients)  # weights, gradient, update, start
+        variates = 2 if settings.local.scaffold else 0  # the server's, and its difference to the client's
+        weights = traffic[0] // 2 if variates else traffic[0]
+        memory = weights * (4 + variates + gradients)  # weights, gradient, update, start
         online = np.random.default_rng(derive(settings.run.seed, "online", number, name)) if simulated else None
         if online is not None and device.availability < 1 and online.random() >= device.availability:
             chosen.skipped.append({"name": name, "reason": "offline"})

@@ -62,14 +62,23 @@ class ServerState:
     """Seconds on the simulated clock."""
     clip: float = 0.0
     """Clipping norm of the next round's updates, which adaptive clipping moves; 0: as in the settings."""
+    control: Vector | None = None
+    """(P,) the server's control variate (clients/scaffold.py); None: without."""
     noise: NDArray[np.float64] | None = None
     """(privacy.bands - 1, P) noise of the last rounds, the newest first (privacy/matrix_noise.py); None: none yet."""
+
+    @property
+    def download(self) -> int:
+        """Bytes of the arrays that travel to each client."""
+        return self.weights.nbytes + (0 if self.control is None else self.control.nbytes)
 
 
 def first_state(model: nn.Module, settings: Settings) -> ServerState:
     """Before round 1."""
     weights = flatten(model)
-    return ServerState(weights, layout(model), step.resolve(settings.server).init(len(weights)), settings.rounds.number)
+    first = step.resolve(settings.server).init(len(weights))
+    control = np.zeros_like(weights) if settings.local.scaffold else None
+    return ServerState(weights, layout(model), first, settings.rounds.number, control=control)
 
 
 def final_weights(state: ServerState) -> Vector:

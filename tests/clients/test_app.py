@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
+from safetensors.numpy import load_file
 
 from clients import app as client_app
 from clients import messages, training
@@ -205,15 +205,15 @@ def test_client_state_outlives_the_process_and_belongs_to_one_run(tmp_path: Path
         )
         told.run_id = run
         client_app._node.cache_clear()  # a new process
-        before = set(state.rglob("1.npy"))
+        before = set(state.rglob("1.safetensors"))
         task = a_task("client-0")
         reply = messages.decode_reply(ask("train", messages.encode_task(task), told), task)
         assert reply.reason == ""
-        return set(state.rglob("1.npy")) - before
+        return set(state.rglob("1.safetensors")) - before
 
     first = folder("one", 1)
     assert len(first) == 1
-    assert np.load(first.pop()).any()
+    assert load_file(first.pop())["residual"].any()
     assert folder("one", 2) == set()
     assert len(folder("two", 2)) == 1
 

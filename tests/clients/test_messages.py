@@ -30,14 +30,17 @@ def tasks(draw: st.DrawFn) -> Task:
     size = sum(int(np.prod(shape)) for _, shape in layout)
     seed = draw(st.integers(0, 2**32))
     private = draw(st.booleans())
+    kind = draw(st.sampled_from(["train", "evaluate"]))
+    corrected = kind == "train" and draw(st.booleans())
     return Task(
-        kind=draw(st.sampled_from(["train", "evaluate"])),
+        kind=kind,  # type: ignore[arg-type]
         round=draw(COUNTS),
         client=draw(NAMES),
         weights=np.random.default_rng(seed).normal(size=size).astype(np.float32),
         layout=layout,
         rate=draw(NUMBERS),
         steps=draw(COUNTS),
+        control=np.random.default_rng(seed + 1).normal(size=size).astype(np.float32) if corrected else None,
         state_round=draw(COUNTS),
         deadline=draw(NUMBERS),
         mechanism=Mechanism(draw(st.floats(1e-9, 1)), draw(st.floats(1e-9, 1e6))) if private else None,
@@ -66,7 +69,11 @@ def test_a_task_survives_the_journey_to_the_bit(task: Task) -> None:
     arrived = messages.decode_task(travelled(messages.encode_task(task)))
     assert arrived.weights.tobytes() == task.weights.tobytes()
     assert arrived.weights.dtype == np.float32
-    assert replace(arrived, weights=task.weights) == task
+    assert (arrived.control is None) == (task.control is None)
+    if arrived.control is not None and task.control is not None:
+        assert arrived.control.tobytes() == task.control.tobytes()
+        assert arrived.control.dtype == np.float32
+    assert replace(arrived, weights=task.weights, control=task.control) == task
 
 
 @given(st.binary(max_size=200), st.floats(-1e9, 1e9), st.tuples(COUNTS, COUNTS, COUNTS), st.none() | HEADS)
@@ -86,8 +93,8 @@ def test_a_hello_survives_the_journey(
     assert messages.decode_hello(travelled(messages.encode_hello(hello, nodes))) == (hello, nodes)
 
 
-def test_tasks_of_one_round_share_one_array_of_weights() -> None:
-    shared = messages.encode_weights(a_task().weights)
+def test_tasks_of_one_round_share_one_record_of_arrays() -> None:
+    shared = messages.encode_arrays(a_task())
     records = [messages.encode_task(a_task(client=name), shared) for name in ("a", "b")]
     assert records[0]["arrays"] is records[1]["arrays"]
     assert [messages.decode_task(record).client for record in records] == ["a", "b"]
@@ -108,10 +115,12 @@ def fields(record: RecordDict, **changes: object) -> RecordDict:
     return RecordDict({**record, "umbel": ConfigRecord({k: v for k, v in config.items() if v is not None})})  # type: ignore[arg-type]
 
 
-def array(record: RecordDict, **changes: object) -> RecordDict:
-    old = record["arrays"]["flat"]  # type: ignore[index]
-    values = {"dtype": old.dtype, "shape": old.shape, "stype": old.stype, "data": old.data} | changes  # type: ignore[union-attr]
-    return RecordDict({**record, "arrays": ArrayRecord({"flat": Array(**values)})})  # type: ignore[arg-type]
+def array(record: RecordDict, name: str = "flat", **changes: object) -> RecordDict:
+    """`record` with its array `name` changed; where it has none of that name, with changed weights under it."""
+    arrays = dict(record["arrays"])  # type: ignore[arg-type]
+    old = arrays.get(name, arrays["flat"])
+    values = {"dtype": old.dtype, "shape": old.shape, "stype": old.stype, "data": old.data} | changes
+    return RecordDict({**record, "arrays": ArrayRecord(arrays | {name: Array(**values)})})
 
 
 TASK_LIES: dict[str, Callable[[RecordDict], RecordDict]] = {
@@ -159,6 +168,13 @@ TASK_LIES: dict[str, Callable[[RecordDict], RecordDict]] = {
     "a shape that lies": lambda r: array(r, shape=(2**40,)),
     "data cut short": lambda r: array(r, data=r["arrays"]["flat"].data[:-1]),
     "a weight too few": lambda r: array(r, data=r["arrays"]["flat"].data[:-4], shape=(7,)),
+    "a control variate alone": lambda r: RecordDict({**r, "arrays": ArrayRecord({"control": r["arrays"]["flat"]})}),
+    "a control variate too short": lambda r: array(r, "control", data=bytes(28), shape=(7,)),
+    "a control variate too long": lambda r: array(r, "control", data=bytes(36), shape=(9,)),
+    "a control variate of another dtype": lambda r: array(r, "control", dtype="float64"),
+    "a control variate in numpy's own format": lambda r: array(r, "control", stype="numpy.ndarray"),
+    "a control variate that is no number": lambda r: array(r, "control", data=np.full(8, np.nan, "<f4").tobytes()),
+    "a control variate where nothing is trained": lambda r: fields(array(r, "control"), kind="evaluate"),
     "weights that are no numbers": lambda r: array(r, data=np.full(8, np.nan, "<f4").tobytes()),
 }
 

@@ -25,13 +25,14 @@ def made_state(number: int) -> ServerState:
         average=np.full(6, 0.1 * number),
         averaged=1,
         clock=2.5 * number,
+        control=np.full(6, -number, np.float32),
     )
 
 
 def same(one: ServerState, other: ServerState) -> bool:
     arrays = zip(
-        [one.weights, one.average, *one.step.values()],
-        [other.weights, other.average, *other.step.values()],
+        [one.weights, one.average, one.control, *one.step.values()],
+        [other.weights, other.average, other.control, *other.step.values()],
         strict=True,
     )
     rest = ("layout", "until", "round", "phase", "clients", "averaged", "clock")

@@ -327,4 +327,4 @@ def test_the_node_of_a_run_keeps_client_states_in_its_folder(tmp_path: Path) -> 
     folder = RunFolder.create(tmp_path / "run", "made", settings)
     job.run(job.prepare(scenario, settings, folder, Watched, Quiet()))
     assert seen[0].states == tmp_path / "run" / "clients"
-    assert len(list(seen[0].states.rglob("*.npy"))) >= 2
+    assert len(list(seen[0].states.rglob("*.safetensors"))) >= 2
