@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clients import codecs, device
+from clients import codecs, device, upload
 from clients.task import Device, Hello, Reply, Task
 from privacy import accounting, cohort_noise, dp_sgd, durable, local_noise, noisy_counts
 from privacy.refused import Refused
@@ -94,11 +94,11 @@ def _train(node: Node, task: Task) -> Reply:
         return Reply(task.round, task.client, reason="the deadline came before its first step", late=True)
     update, within = protected(flatten(model) - task.weights, task, settings)
     residual = _load_state(node.states, task)
-    seed = derive(settings.run.seed, "codec", task.round, task.client)
-    payload, residual = codecs.resolve(settings.codec).encode(update, residual, seed)
+    payload, residual = upload.encode(update, residual, within, len(examples.y), task, settings)
     if residual is not None:
         _save_state(node.states, task, residual)
-    return Reply(task.round, task.client, payload, len(examples.y), steps, within=within)
+    told = within or upload.bits(settings) is not None  # integers carry it themselves
+    return Reply(task.round, task.client, payload, len(examples.y), steps, within=told)
 
 
 def protected(update: Vector, task: Task, settings: Settings) -> tuple[Vector, bool]:

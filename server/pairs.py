@@ -1,11 +1,13 @@
 """Privacy settings that do not fit one another, refused before anyone is asked."""
 
+from clients import upload
 from privacy.refused import Refused
 from scenarios.settings import Settings
 
 
 def check(settings: Settings) -> None:
     """Raises Refused, in one line, for sampling, bands or budgets that the unit, or each other, makes no sense of."""
+    _summable(settings)
     privacy, fraction, evaluation = settings.privacy, settings.rounds.fraction, settings.evaluation
     if privacy.budget is not None and privacy.unit == "none":
         raise Refused(
@@ -40,4 +42,25 @@ def check(settings: Settings) -> None:
         raise Refused(
             "privacy.adapt moves the norm from round to round, and the noise of privacy.bands is that of one norm: set "
             "privacy.adapt=false or privacy.bands=1"
+        )
+
+
+def _summable(settings: Settings) -> None:
+    """Refuse what needs a single update where only their sum is read."""
+    mode, bits = settings.protect.mode, upload.bits(settings)
+    if mode != "none":
+        raise Refused(f"protect={mode} is not built yet: set protect=none, with codec=int{bits} for the same integers")
+    if bits is None:
+        return
+    way = f"protect={mode}" if mode != "none" else f"codec={settings.codec}"
+    leave = "protect=none codec=float32"
+    if settings.server.combine != "mean":
+        raise Refused(
+            f"server.combine={settings.server.combine} compares single updates, and with {way} only their sum is read: "
+            f"set server.combine=mean, or {leave}"
+        )
+    if settings.server.normalize:
+        raise Refused(
+            f"server.normalize=true (FedNova) rescales single updates by their steps, and with {way} only their sum is "
+            f"read: set server.normalize=false, or {leave}"
         )

@@ -34,7 +34,11 @@ SMALL = (
     "fleet.clients=3 rounds.number=2 rounds.average=1 export.recover_rounds=0 export.prune=0 "
     "reference.central_epochs=0 reference.no_privacy=false codec=topk:0.5"
 )
-NOISE = {"with noise": "privacy.noise_seed=1", "without": "privacy.unit=none"}
+NOISE = {
+    "with noise": "privacy.noise_seed=1",
+    "without": "privacy.unit=none",
+    "integers": "privacy.unit=client privacy.epsilon=50 privacy.noise_seed=1 codec=int9",
+}
 
 
 class Heard:
