@@ -157,7 +157,7 @@ class _CanaryClients:
         self._roster, self._bands = roster, bands
         self._sent: dict[str, tuple[Task, bytes]] = {}
         """By client: its last task and what it sent."""
-        self._made: dict[tuple[str, float, float], bytes] = {}
+        self._made: dict[tuple[str, float, float, int], bytes] = {}
 
     def hello(self) -> Mapping[str, Hello]:
         return self._roster
@@ -182,7 +182,8 @@ class _CanaryClients:
         return upload.decode(payload, task, self.settings)
 
     def _payload(self, task: Task, coordinate: int, way: float) -> bytes:
-        key = task.client, task.update_clip, way
+        turned = upload.bits(self.settings) is not None  # integers of each round lie on a grid of their own
+        key = task.client, task.update_clip, way, task.round if turned else 0
         if not task.update_noise and key in self._made:
             return self._made[key]
         wanted = np.zeros(len(task.weights), np.float32)
