@@ -13,6 +13,8 @@ import numpy as np
 from clients import upload
 from clients.task import Hello, Reply, Task
 from privacy.integers import Grid, Integers
+from privacy.plan import Plan
+from scenarios.settings import Settings
 from server.combine import Summed
 
 Read = TypeVar("Read")
@@ -56,6 +58,16 @@ def summed(total: Integers, count: int, grid: Grid) -> Summed:
     if not count:
         return Summed(np.zeros(grid.size), 0.0, 0.0)
     return Summed(*grid.read(total, count))
+
+
+def grid(settings: Settings, plans: Mapping[str, Plan], size: int, number: int, clip: float) -> Grid | None:
+    """The grid that every task of round `number` makes for updates (P,); None where they travel as floats.
+
+    clip: of the round's updates, where they are clipped.
+    """
+    wanted = settings.privacy
+    noise = next(iter(plans.values())).mechanism.noise_multiplier if wanted.unit == "local" else 0.0  # all share it
+    return upload.grid(settings, size, number, clip if wanted.by_client or wanted.unit == "local" else 0.0, noise)
 
 
 GATHERS: dict[str, Gather] = {"none": clear}

@@ -14,7 +14,6 @@ import numpy as np
 from clients import codecs, upload
 from clients.task import Hello, Reply, Task
 from privacy import accounting, cohort_noise
-from privacy.integers import Grid
 from privacy.matrix_noise import BandedNoise
 from privacy.plan import Plan
 from scenarios.seeds import derive
@@ -87,7 +86,7 @@ def rounds(
         row = _new_row(state, number, chosen, tasks)
         accepted: dict[str, int] = {}
         good = partial(_good, tasks=tasks, roster=roster, journal=journal, row=row, accepted=accepted)
-        grid, norm = _grid(state, plans, settings, number, clip), clip
+        grid, norm = gather.grid(settings, plans, len(state.weights), number, clip), clip
         if grid is not None:  # integers: only their sum is read
             summed = gather.GATHERS[settings.protect.mode](fleet.ask, tasks, grid, good, roster)
             update, norm = summed.mean, grid.norm
@@ -173,14 +172,6 @@ def _largest(roster: Mapping[str, Hello], settings: Settings) -> int:
     """Examples of the largest client, by which integers are weighed; 0: each weighs 1, or they travel as floats."""
     alike = settings.server.weighting == "uniform" or settings.privacy.by_client
     return 0 if alike or upload.bits(settings) is None else max(hello.examples for hello in roster.values())
-
-
-def _grid(state: ServerState, plans: Mapping[str, Plan], settings: Settings, number: int, clip: float) -> Grid | None:
-    """The grid that every task of the round makes; None where updates travel as floats."""
-    local = settings.privacy.unit == "local"
-    noise = next(iter(plans.values())).mechanism.noise_multiplier if local else 0.0  # all share one plan
-    clip = clip if settings.privacy.by_client or local else 0.0
-    return upload.grid(settings, len(state.weights), number, clip, noise)
 
 
 def _central(plans: Mapping[str, Plan], settings: Settings) -> cohort_noise.CohortNoise | BandedNoise:
