@@ -33,6 +33,7 @@ _TASK: dict[str, type] = {
     "clip": float,
     "update_clip": float,
     "update_noise": float,
+    "largest": int,
     "sampling_rate": float,
     "noise_multiplier": float,
     "run": str,
@@ -140,6 +141,7 @@ def decode_task(record: RecordDict) -> Task:
         clip=fields["clip"],
         update_clip=fields["update_clip"],
         update_noise=fields["update_noise"],
+        largest=fields["largest"],
         charge=_charge(fields),
     )
 

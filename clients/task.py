@@ -82,6 +82,8 @@ class Task:
     """Client-level and local DP: clipping norm of the whole update; 0: without."""
     update_noise: float = 0.0
     """Local DP: standard deviation of the noise on the update in units of 2 x update_clip; 0: without."""
+    largest: int = 0
+    """Examples of the client that has most of them, which weighs 1 in a sum of integers; 0: all weigh the same."""
     charge: Charge | None = None
     """Only where the client adds noise that is charged to a ledger."""
 

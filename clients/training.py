@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clients import codecs, device, scaffold, state
+from clients import codecs, device, scaffold, state, upload
 from clients.task import Device, Hello, Reply, Task
 from privacy import accounting, cohort_noise, dp_sgd, durable, local_noise, noisy_counts
 from privacy.refused import Refused
@@ -95,14 +95,14 @@ def _train(node: Node, task: Task) -> Reply:
     if not steps:
         return Reply(task.round, task.client, reason="the deadline came before its first step", late=True)
     update, within = protected(flatten(model) - task.weights, task, settings)
-    codec, seed = codecs.resolve(settings.codec), derive(settings.run.seed, "codec", task.round, task.client)
-    payload, residual = codec.encode(update, before.residual, seed)
+    payload, residual = upload.encode(update, before.residual, within, len(examples.y), task, settings)
     after = state.ClientState(residual=residual)
     if correction is not None:  # the variate does what a residual would: clients/scaffold.py
-        sent = codec.decode(payload, len(update))
+        sent = upload.decode(payload, task, settings)
         after = state.ClientState(control=scaffold.advanced(task, before.control, sent, steps))
     state.save(node.states, task, after)
-    return Reply(task.round, task.client, payload, len(examples.y), steps, within=within)
+    told = within or upload.bits(settings) is not None  # integers carry it themselves
+    return Reply(task.round, task.client, payload, len(examples.y), steps, within=told)
 
 
 def protected(update: Vector, task: Task, settings: Settings) -> tuple[Vector, bool]:

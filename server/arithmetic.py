@@ -187,7 +187,9 @@ def _plan(report: Report) -> Iterator[str]:
             yield f"statement.composition.adaptive.{key} is {filtered[key]}, the costliest client has {value}"
     if filtered["steps"] is not None and not worst["steps"] <= filtered["steps"] <= planned["most"]:
         yield f"statement.composition.adaptive.steps is {filtered['steps']}, planned were {planned['most']:g} at most"
-    reach = 2 if report["privacy"]["unit"] == "local" else 1
+    reach = 2.0 if report["privacy"]["unit"] == "local" else 1.0
+    if report["privacy"]["unit"] == "client" and report["protect"]["norm"] is not None:
+        reach = report["protect"]["norm"] / report["privacy"]["clip"]
     if words["noise_std"] is not None and words["noise_multiplier"] is not None:
         for key, value in words["noise_multiplier"].items():
             if not _same(words["noise_std"][key], value * words["clip"] * reach):

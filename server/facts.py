@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+from clients import upload
 from clients.task import Hello
 from clients.training import Node
 from privacy import certificate, dp_sgd
 from privacy.plan import History, Plan
 from privacy.promise import promise
 from scenarios.settings import Settings, knobs
-from server import select
+from scenarios.weights import flatten
+from server import gather, select
 from server.accounts import Accounts, Cost
 from server.state import Row, Score, ServerState, Spent
 
@@ -59,6 +61,7 @@ def collect(
         },
         "reference": {key: value for key, value in compared.items() if key != "seconds"},
         "privacy": _privacy(node, state, roster, plans, tests, accounts, compared),
+        "protect": _protect(node, state, plans),
         "bytes": {key: sum(row[f"bytes_{key}"] for row in rows) for key in ("up", "down")},
         "fleet": {
             "profile": settings.fleet.profile,
@@ -149,6 +152,23 @@ def _privacy(
         "worst_whole_epsilon": max((entry["epsilon"] for entry in entries["whole"].values()), default=None),
         "worst_tests_epsilon": max((entry["epsilon"] for entry in entries["tests"].values()), default=None),
         "not_covered": _not_covered(node, made.not_covered, compared) if plans else [],
+    }
+
+
+def _protect(node: Node, state: ServerState, plans: Mapping[str, Plan]) -> dict[str, Any]:
+    """How updates of the unpruned model travel, on the grid of the last round."""
+    settings, size = node.settings, len(flatten(node.template))
+    grid = gather.grid(settings, plans, size, state.round, state.clip or settings.privacy.update_norm)
+    mode = settings.protect.mode
+    return {
+        "mode": mode,
+        "trust": settings.protect.trust if mode == "encrypted" else None,
+        "bits": grid.bits if grid else None,
+        "range": grid.limit if grid else None,
+        "rotated": grid.rotation is not None if grid else None,
+        "norm": grid.norm if grid and grid.clip else None,
+        "max_clients": grid.clients if grid else None,
+        "upload_bytes_per_client": upload.size(settings, size),
     }
 
 

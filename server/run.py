@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from clients import codecs
+from clients import upload
 from clients.device import profile
 from clients.task import Hello
 from clients.training import Node, digest
@@ -148,7 +148,7 @@ def prepare(
 
 def check(scenario: Scenario, settings: Settings) -> None:
     """Refuse names and pairs of settings that cannot work, before anyone is asked."""
-    codecs.resolve(settings.codec)
+    upload.check(settings)
     combine.resolve(settings.server)
     step.resolve(settings.server)
     profile(settings.fleet.profile)
@@ -172,6 +172,12 @@ def enough(roster: Mapping[str, Hello], settings: Settings) -> None:
     if drawn < settings.rounds.minimum:
         raise Refused(
             f"rounds.minimum={settings.rounds.minimum} is more than the {drawn} clients a round asks: lower it"
+        )
+    most = select.most_asked(len(roster), settings)
+    if upload.bits(settings) is not None and most > settings.protect.max_clients:
+        raise Refused(
+            f"a round may sum {most} clients, more than protect.max_clients={settings.protect.max_clients} leaves room "
+            f"for: set protect.max_clients={most}"
         )
     if drawn < (least := combine.least(settings.server)):
         raise Refused(f"server.combine={settings.server.combine} needs {least} replies, a round asks {drawn} clients")

@@ -68,6 +68,14 @@ def cohort_size(clients: int, settings: Settings) -> int:
     return max(1, round(settings.rounds.fraction * clients))
 
 
+def most_asked(clients: int, settings: Settings) -> int:
+    """The most of `clients` that one round may ask: a coin for each may come out heads for all."""
+    if by_turns(settings):
+        return -(-clients // settings.privacy.bands)
+    by_coins = secret(settings) and settings.privacy.sampling == "poisson"
+    return clients if by_coins else cohort_size(clients, settings)
+
+
 def by_turns(settings: Settings) -> bool:
     """Whether clients take turns that everybody may know: the noise is correlated (privacy/matrix_noise.py)."""
     return settings.privacy.unit == "client" and settings.privacy.bands > 1
