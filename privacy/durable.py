@@ -5,14 +5,27 @@ import secrets
 from pathlib import Path
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`, durably: a crash leaves the old file or the new one, never a part."""
+def write_atomic(path: Path, content: bytes, mode: int | None = None) -> None:
+    """Replace `path` by `content`, durably: a crash leaves the old file or the new one, never a part.
+
+    mode: who may read it, from the first byte on; None: as the umask has it.
+    """
     partial = path.with_name(path.name + ".partial")
+    if mode is not None:
+        partial.unlink(missing_ok=True)  # what a crash left keeps its own mode
+        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
     with partial.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+    _fsync_folder(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove `path` and what a crash left of its next content, where they are, durably."""
+    for name in (path, path.with_name(path.name + ".partial")):
+        name.unlink(missing_ok=True)
     _fsync_folder(path.parent)
 
 
