@@ -31,10 +31,10 @@ oracle, and identity keys known out of band. The server picks the cohort: it is 
 picked that count.
 
 Nothing hides who took part, when and for how long. A client may add any vector modulo 2^width: no range can be
-checked under a mask. A vector that goes into two sums is open to the difference of both; so a client that has
-unmasked takes part in no other attempt at that round, and the caller must not offer one update in two rounds. Server
-and clients can make a round fail. No client can change more of a sum than its own vector: each share and secret is
-checked against a commitment before use, and the liar is named.
+checked under a mask. A vector that goes into two sums is open to their difference. So a client that has unmasked
+takes part in no other attempt at that round, and the sums of two attempts differ by t - c honest vectors or more; the
+caller must not offer one update in two rounds. Server and clients can make a round fail. No client can change more of
+a sum than its own vector: each share and secret is checked against a commitment before use, and the liar is named.
 """
 
 import hashlib

@@ -209,6 +209,14 @@ def test_a_graph_that_nobody_has_drawn_is_refused(fleets: Any) -> None:
         fleet.answer("a", _ask(fleet, Stage.SHARE, body))
 
 
+def test_no_stage_is_answered_after_a_later_one(fleets: Any) -> None:
+    fleet = fleets(5)
+    fleet.until(fleet.server(), Stage.MASK)
+    told = Transcript(fleet.stores["a"], fleet.attempt())
+    with pytest.raises(ValueError, match="reveal of attempt 1 of round 1 is over"):
+        told.once(Stage.REVEAL, b"", lambda: b"a nonce")
+
+
 def test_survivors_that_come_apart_are_refused(fleets: Any) -> None:
     fleet = fleets(8)
     view = replace(_all_masked(fleet)._view, degree=Degree(2, 1, 5), edges=(ring := graph(8, 2, b"seed")))
@@ -366,6 +374,30 @@ def test_who_deals_shares_that_do_not_open_loses_the_round_and_all_concerned_are
         server.hear(name, answer)
     with pytest.raises(Lost, match=r"0 of 3 shares of the self-mask of b came; those dealt to a, c, d, e were spoilt"):
         fleet.finish(server, server.ask())
+
+
+def test_a_share_that_is_not_the_one_committed_to_is_told_instead_of_given(fleets: Any) -> None:
+    fleet = fleets(5)
+    server = fleet.server()
+    fleet.until(server, Stage.MASK)
+    view, commitments = server._view, server._dealt[1][0][:64]
+    of_a, of_b = (Transcript(fleet.stores[name], fleet.attempt()).secrets()[96:] for name in "ab")
+    key = pads.agree(of_b, view.adverts[0].share_key, dealing._info(view, 1, 0))
+    pair = pads.unseal(key, server._dealt[1][0][64:], commitments)
+    assert pair is not None
+    for text in (shares.draw() + pair[32:], pair[:32] + shares.draw()):
+        slot = dealing.give(view, 0, 1, commitments + pads.seal(key, text, commitments), of_a, dealing.SELF)
+        assert slot == bytes([dealing.SPOILT]) + bytes(32)
+
+
+def test_a_signature_of_other_survivors_is_refused(fleets: Any) -> None:
+    fleet = fleets(6)
+    server = fleet.server()
+    requests = fleet.until(server, Stage.SIGN)
+    other = fleet.identities["a"].sign(server._sharers.survived("a", frozenset(range(5))))
+    answer = _resigned(fleet, "a", fleet.answer("a", requests["a"]), lambda body: other)
+    with pytest.raises(ValueError, match="a: has not signed who survived"):
+        server.hear("a", answer)
 
 
 def test_a_vector_whose_sender_saw_other_sharers_is_refused(fleets: Any) -> None:

@@ -1,5 +1,6 @@
 """A masked sum is the exact sum of those who survived, or it is none; one vector by itself says nothing."""
 
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import neighbours, pads
+from privacy import frames, neighbours, pads
 from privacy.frames import HEADER, SIGNATURE, Rules, Stage
 from privacy.masks import Lost
 from privacy.packing import unpack
@@ -247,6 +248,29 @@ def test_secrets_are_for_their_owner_alone_and_gone_after_the_round(fleets: Any,
         fleet.answer("a", requests["a"])
     with pytest.raises(ValueError, match="attempt 9 of round 0 is over"):
         fleet.answer("a", fleet.server(9, of=0).ask()["a"])
+
+
+def test_of_two_questions_at_once_one_is_answered(fleets: Any, tmp_path: Path) -> None:
+    fleet = fleets(6, store=lambda name: FileStore(tmp_path / name))
+    server = fleet.server()
+    requests = fleet.until(server, Stage.UNMASK)
+    signers = sorted(server._signed)
+    quorums = [signers[i : i + 4] for i in range(3)]
+    bodies = [frames.bits(who, 6) + b"".join(server._signed[i] for i in who) for who in quorums]
+    asked = [frames.write(fleet.attempt(), Stage.UNMASK, body) for body in bodies]
+    assert requests["a"] == asked[0]
+
+    def refused(request: bytes) -> str:
+        try:
+            fleet.answer("a", request)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(3) as at_once:
+        first, *others = sorted(at_once.map(refused, asked))
+    assert first == ""
+    assert all("asked twice, and not for the same" in why for why in others)
 
 
 def test_what_a_crash_left_of_a_secret_is_gone_too(tmp_path: Path) -> None:
