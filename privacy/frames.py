@@ -16,7 +16,7 @@ from fractions import Fraction
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from privacy.neighbours import THIRD, THOUSANDTH
+from privacy.neighbours import TENTH, THIRD, THOUSANDTH
 
 NAME = 64
 SIGNATURE = 64
@@ -45,7 +45,7 @@ class Rules:
     minimum: int  # survivors below which nobody unmasks
     dropout: Fraction = THIRD
     failure: Fraction = THOUSANDTH
-    colluding: Fraction = Fraction(0)
+    colluding: Fraction = TENTH  # with the server; no more neighbours for it up to 1000 clients
 
     def __post_init__(self) -> None:
         if self.entries < 1 or not 1 <= self.width <= 64 or self.minimum < 2:

@@ -30,6 +30,7 @@ from hashlib import sha256
 from math import comb
 
 THIRD = Fraction(1, 3)
+TENTH = Fraction(1, 10)
 THOUSANDTH = Fraction(1, 1000)
 _ALL = 64
 _INSECURE = Fraction(1, 2 ** (40 + 64))

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import hypergeom
 
+from privacy.frames import Rules
 from privacy.neighbours import connected, degree, graph
 
 THIRD = Fraction(1, 3)
@@ -17,6 +18,14 @@ THIRD = Fraction(1, 3)
 def test_a_third_may_drop_of_cohorts_of_these_sizes(clients: int, k: int) -> None:
     found = degree(clients)
     assert (found.neighbours, found.threshold, found.quorum) == (k, k // 2 + 1, clients // 2 + 1)
+    assert degree(clients, colluding=Rules(1, 1, 2).colluding).neighbours == k, "a tenth may collude as well"
+
+
+@pytest.mark.parametrize("clients", range(2, 200))
+def test_no_cohort_is_too_small_or_odd_for_the_rules(clients: int) -> None:
+    found = degree(clients, colluding=Rules(1, 1, 2).colluding)
+    assert 1 <= found.threshold <= found.neighbours < clients
+    assert found.quorum <= clients - (clients // 3 if clients > 3 else 0)
 
 
 @pytest.mark.parametrize("clients", [2, 3, 10, 64])
