@@ -75,7 +75,8 @@ class Attempt:
 
 def run_id(run: str, rules: Rules) -> bytes:
     """The 32 bytes that stand for a run under its rules."""
-    return hashlib.sha256(f"umbel masks {run!r} {rules!r}".encode()).digest()
+    fields = (rules.entries, rules.width, rules.minimum, rules.dropout, rules.failure, rules.colluding)
+    return hashlib.sha256(" ".join(("umbel masks", *map(str, fields), run)).encode()).digest()
 
 
 def padded(name: str) -> bytes:

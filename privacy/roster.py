@@ -57,16 +57,11 @@ def read_roster(body: bytes, attempt: Attempt, identities: Mapping[str, bytes]) 
         if adverts and name <= adverts[-1].name:
             raise ValueError(f"{name} is out of order in the roster")
         frame = frames.header(attempt, Stage.ADVERTISE, name) + entry[NAME:]
-        adverts.append(read_advert_of(frame, attempt, name, identities[name]))
+        try:
+            adverts.append(read_advert(frame, attempt, name, identities[name]))
+        except ValueError as error:
+            raise ValueError(f"the keys of {name} in the roster: {error}") from error
     return tuple(adverts)
-
-
-def read_advert_of(frame: bytes, attempt: Attempt, name: str, identity: bytes) -> Advert:
-    """An advert of the roster; the error says whose it is."""
-    try:
-        return read_advert(frame, attempt, name, identity)
-    except ValueError as error:
-        raise ValueError(f"the keys of {name} in the roster: {error}") from error
 
 
 @dataclass(frozen=True)

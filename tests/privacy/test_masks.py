@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privacy import frames, neighbours, pads
+from privacy.dealing import Lost
 from privacy.frames import HEADER, SIGNATURE, Rules, Stage
-from privacy.masks import Lost
 from privacy.packing import unpack
 from privacy.transcript import FileStore
 
 STAGES = [Stage.ADVERTISE, Stage.SHARE, Stage.MASK, Stage.SIGN, Stage.UNMASK]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data(), st.integers(4, 9), st.integers(1, 30), st.integers(1, 64))
 def test_the_sum_is_exact_whoever_drops_and_when(fleets: Any, data: Any, count: int, entries: int, width: int) -> None:
     fleet = fleets(count, entries, width)
