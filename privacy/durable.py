@@ -5,16 +5,16 @@ import secrets
 from pathlib import Path
 
 
-def write_atomic(path: Path, content: bytes, mode: int | None = None) -> None:
+def write_atomic(path: Path, content: bytes, private: bool = False) -> None:
     """Replace `path` by `content`, durably: a crash leaves the old file or the new one, never a part.
 
-    mode: who may read it, from the first byte on; None: as the umask has it.
+    private: for its owner's eyes alone (mode 0600).
     """
     partial = path.with_name(path.name + ".partial")
-    if mode is not None:
-        partial.unlink(missing_ok=True)  # what a crash left keeps its own mode
-        os.close(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
-    with partial.open("wb") as file:
+    if private:
+        partial.unlink(missing_ok=True)  # what a crash left may be open to others
+    flags, mode = os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600 if private else 0o666
+    with os.fdopen(os.open(partial, flags, mode), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

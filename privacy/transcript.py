@@ -57,7 +57,7 @@ class FileStore:
         return path.read_bytes() if path.exists() else None
 
     def put(self, key: str, value: bytes) -> None:
-        durable.write_atomic(self._folder / key, value, mode=0o600)
+        durable.write_atomic(self._folder / key, value, private=True)
 
     def erase(self, key: str) -> None:
         durable.remove(self._folder / key)
