@@ -85,6 +85,8 @@ class Summed:
     """Of the weights."""
     votes: float
     """+1/2 for every client within the norm, -1/2 for every other."""
+    reason: str | None = None
+    """Why no sum came of the replies: the round is not applied, and paid for whole."""
 
     @property
     def mean(self) -> Vector | None:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-from clients import upload
 from clients.task import Hello
 from clients.training import Node
 from privacy import certificate, dp_sgd
@@ -159,17 +158,7 @@ def _protect(node: Node, state: ServerState, plans: Mapping[str, Plan]) -> dict[
     """How updates of the unpruned model travel, on the grid of the last round."""
     settings, size = node.settings, len(flatten(node.template))
     grid = gather.grid(settings, plans, size, state.round, state.clip or settings.privacy.update_norm)
-    mode = settings.protect.mode
-    return {
-        "mode": mode,
-        "trust": settings.protect.trust if mode == "encrypted" else None,
-        "bits": grid.bits if grid else None,
-        "range": grid.limit if grid else None,
-        "rotated": grid.rotation is not None if grid else None,
-        "norm": grid.norm if grid and grid.clip else None,
-        "max_clients": grid.clients if grid else None,
-        "upload_bytes_per_client": upload.size(settings, size),
-    }
+    return gather.told(settings, size, grid)
 
 
 class _Spending(NamedTuple):

@@ -6,7 +6,7 @@ Legend: P is the number of entries of an update.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -68,6 +68,22 @@ def grid(settings: Settings, plans: Mapping[str, Plan], size: int, number: int, 
     wanted = settings.privacy
     noise = next(iter(plans.values())).mechanism.noise_multiplier if wanted.unit == "local" else 0.0  # all share it
     return upload.grid(settings, size, number, clip if wanted.by_client or wanted.unit == "local" else 0.0, noise)
+
+
+def told(settings: Settings, size: int, grid: Grid | None) -> dict[str, Any]:
+    """What the report says of how updates (P,) travel."""
+    mode = settings.protect.mode
+    return {
+        "mode": mode,
+        "trust": settings.protect.trust if mode == "encrypted" else None,
+        "values": size,
+        "bits": grid.bits if grid else None,
+        "range": grid.limit if grid else None,
+        "rotated": grid.rotation is not None if grid else None,
+        "norm": grid.norm if grid and grid.clip else None,
+        "max_clients": grid.clients if grid else None,
+        "upload_bytes_per_client": upload.size(settings, size),
+    }
 
 
 GATHERS: dict[str, Gather] = {"none": clear}

@@ -90,7 +90,9 @@ def rounds(
         tally = _tally(state, roster, settings, number)
         if grid is not None:  # integers: only their sum is read
             summed = gather.GATHERS[settings.protect.mode](fleet.ask, tasks, grid, good, roster)
-            update, norm = summed.mean, grid.norm
+            update, norm, row["reason"] = summed.mean, grid.norm, summed.reason
+            if summed.reason is not None:
+                accepted.clear()
         elif central is not None:
             summed = combine.total(good(fleet.ask(tasks), _reader(settings)), len(state.weights))
         else:
@@ -105,7 +107,7 @@ def rounds(
             update, clip = central.release(summed.total, summed.votes, clip, _random(settings, number), norm)
 
         # server step
-        row["reason"] = _too_few(chosen, accepted, settings)
+        row["reason"] = row["reason"] or _too_few(chosen, accepted, settings)
         if update is not None and row["reason"] is None:
             try:
                 weights, step_state = server_step.apply(state.step, state.weights, update)

@@ -79,6 +79,7 @@ class Privacy(Closed):
 class Protect(Closed):
     mode: Literal["none", "encrypted", "masked"]
     trust: Literal["split", "shared"] | None
+    values: Count
     bits: Count | None
     range: Amount | None
     rotated: bool | None

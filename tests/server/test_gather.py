@@ -18,7 +18,8 @@ from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario
 from scenarios.seeds import derive
 from scenarios.settings import Settings, override
-from server import budget, pairs, rounds, run
+from server import budget, gather, pairs, rounds, run
+from server.combine import Summed
 from server.embedded import EmbeddedFleet
 from server.references import NoJournal
 from server.state import Row, Score, ServerState, first_state
@@ -259,6 +260,25 @@ def test_integers_that_no_honest_client_sends_cost_that_client_its_update(tmp_pa
     assert [entry["name"] for entry in heard.rows[0]["rejected"]] == [NAMES[3]]
     assert reason in heard.rows[0]["rejected"][0]["reason"]
     assert (state.weights == without.weights).all()
+
+
+@pytest.mark.parametrize("unit", ["privacy.unit=none", "privacy.unit=example privacy.noise_seed=1", CLIENT])
+def test_a_sum_that_fails_costs_the_round_which_stays_charged(
+    tmp_path: Path, unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(ask: gather.Ask, tasks: Sequence[Task], grid: Grid, good: gather.Good, _: Mapping[str, Hello]) -> Summed:
+        came = list(good(ask(tasks), lambda task, reply: reply))
+        assert len(came) == len(NAMES)
+        return Summed(np.zeros(grid.size), 0.0, 0.0, "nobody opened it")
+
+    monkeypatch.setitem(gather.GATHERS, "none", fails)
+    state, heard = federate(tmp_path, f"{unit} codec=int8")
+    assert (heard.rows[0]["applied"], heard.rows[0]["reason"]) == (False, "nobody opened it")
+    assert not moved(state).any()
+    asked = {task.client: task.steps for task in heard.tasks}
+    paid = asked if "client" not in unit else dict.fromkeys(NAMES, 1)
+    assert {name: spent.steps for name, spent in state.clients.items()} == paid
+    assert {spent.last for spent in state.clients.values()} == {0}
 
 
 # ---- refused pairs ----
