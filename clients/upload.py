@@ -17,7 +17,7 @@ from privacy import packing
 from privacy.integers import FEWEST, MOST, Grid, Integers
 from privacy.refused import Refused
 from scenarios.seeds import derive
-from scenarios.settings import Settings
+from scenarios.settings import Settings, override
 from scenarios.weights import Vector
 
 _TAIL = 6
@@ -36,6 +36,13 @@ def bits(settings: Settings) -> int | None:
         nearest = min(max(number, FEWEST), MOST)
         raise Refused(f"codec={settings.codec}: integers have {FEWEST} to {MOST} bits, the nearest is int{nearest}")
     return int(match[1]) if match else None
+
+
+def in_the_clear(settings: Settings) -> Settings:
+    """The same integers, summed without protection: for trials on one machine, which has nobody to hide from."""
+    if settings.protect.mode == "none":
+        return settings
+    return override(settings, f"protect=none codec=int{settings.protect.bits}")
 
 
 def check(settings: Settings) -> None:

@@ -1,8 +1,8 @@
 """Frames: the bytes of every message of a masked sum, of fixed lengths, hostile ones refused before they are read.
 
-A frame is a header of 109 bytes (version, run, round, attempt, stage, sender), a body whose length follows from what
-both sides know already, and from a client an Ed25519 signature over both. Clients stand in a body by their number in
-the sorted roster: sets are bit strings, tables have a slot for each neighbour, empty ones are zeros. A message
+A frame is a header of 141 bytes (version, run, round, attempt, view, stage, sender), a body whose length follows from
+what both sides know already, and from a client an Ed25519 signature over both. Clients stand in a body by their number
+in the sorted roster: sets are bit strings, tables have a slot for each neighbour, empty ones are zeros. A message
 therefore has the same size whoever sends it and whoever has dropped out.
 """
 
@@ -21,7 +21,7 @@ from privacy.neighbours import TENTH, THIRD, THOUSANDTH
 NAME = 64
 SIGNATURE = 64
 _VERSION = b"UMK1"
-_ATTEMPT = struct.Struct(">4s32sII")
+_ATTEMPT = struct.Struct(">4s32sII32s")
 HEADER = _ATTEMPT.size + 1 + NAME
 
 
@@ -59,15 +59,16 @@ class Attempt:
     run: bytes  # 32 bytes, as `run_id` makes them
     round: int
     number: int
+    view: bytes = bytes(32)  # the hash of what all clients are to have seen alike: who saw another model adds nothing
 
     @classmethod
     def of(cls, data: bytes) -> "Attempt":
         """The attempt whose bytes these are."""
-        _, run, number, attempt = _ATTEMPT.unpack(data)
-        return cls(run, number, attempt)
+        _, run, number, attempt, view = _ATTEMPT.unpack(data)
+        return cls(run, number, attempt, view)
 
     def __bytes__(self) -> bytes:
-        return _ATTEMPT.pack(_VERSION, self.run, self.round, self.number)
+        return _ATTEMPT.pack(_VERSION, self.run, self.round, self.number, self.view)
 
     def __str__(self) -> str:
         return f"attempt {self.number} of round {self.round}"
@@ -123,7 +124,7 @@ def addressed(data: bytes, run: bytes) -> tuple[Attempt, Stage]:
     """What a request of the server is about; its body is yet unread."""
     if len(data) < HEADER:
         raise ValueError(f"a message of {len(data)} bytes: shorter than a header")
-    version, of, number, attempt = _ATTEMPT.unpack_from(data)
+    version, of, number, attempt, view = _ATTEMPT.unpack_from(data)
     if version != _VERSION:
         raise ValueError("another version of the protocol")
     if of != run:
@@ -132,7 +133,7 @@ def addressed(data: bytes, run: bytes) -> tuple[Attempt, Stage]:
         raise ValueError(f"no stage {data[_ATTEMPT.size]}")
     if any(data[_ATTEMPT.size + 1 : HEADER]):
         raise ValueError("a client's message, not the server's")
-    return Attempt(of, number, attempt), Stage(data[_ATTEMPT.size])
+    return Attempt(of, number, attempt, view), Stage(data[_ATTEMPT.size])
 
 
 def read(data: bytes, attempt: Attempt, stage: Stage, sender: str, identity: bytes, size: int) -> bytes:

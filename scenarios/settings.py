@@ -173,6 +173,12 @@ class Report(Section):
     key: str = Field("", description="PEM file of the Ed25519 key that signs the report; empty: UMBEL_KEY, else none")
 
 
+class Faults(Section):
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="for trials: chance that a client that was asked to train never answers, by seed"
+    )
+
+
 class Settings(Section):
     """All settings of a run. A scenario is born with its own values; `override` changes them by name."""
 
@@ -185,6 +191,7 @@ class Settings(Section):
     server: Server = Server()
     privacy: Privacy = Privacy()
     protect: Protect = Protect()
+    faults: Faults = Faults()
     fleet: Fleet = Fleet()
     evaluation: Evaluation = Evaluation()
     export: Export = Export()

@@ -1,6 +1,6 @@
 """How a round comes to the sum of its updates: from floats read one by one, or from integers summed as they come.
 
-A way of protecting updates is one more function of the kind `Gather`, under its name in `GATHERS`.
+A way of protecting updates is one more function of the kind `Gather` (server/masked.py); `server.run` chooses.
 
 Legend: P is the number of entries of an update.
 """
@@ -84,7 +84,3 @@ def told(settings: Settings, size: int, grid: Grid | None) -> dict[str, Any]:
         "max_clients": grid.clients if grid else None,
         "upload_bytes_per_client": upload.size(settings, size),
     }
-
-
-GATHERS: dict[str, Gather] = {"none": clear}
-"""By protect.mode."""

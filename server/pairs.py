@@ -74,10 +74,15 @@ def _scaffold(settings: Settings) -> None:
 def _summable(settings: Settings) -> None:
     """Refuse what needs a single update where only their sum is read."""
     mode, bits = settings.protect.mode, upload.bits(settings)
-    if mode != "none":
-        raise Refused(f"protect={mode} is not built yet: set protect=none, with codec=int{bits} for the same integers")
+    if mode == "encrypted":
+        raise Refused(f"protect={mode} is not built yet: set protect=masked, or protect=none with codec=int{bits}")
     if bits is None:
         return
+    if mode != "none" and settings.codec not in ("float32", f"int{bits}"):
+        raise Refused(
+            f"protect={mode} sends integers of protect.bits={bits}, and codec={settings.codec} would make others of "
+            f"them: set codec=int{bits}, or protect=none"
+        )
     way = f"protect={mode}" if mode != "none" else f"codec={settings.codec}"
     leave = "protect=none codec=float32"
     if settings.server.combine != "mean":

@@ -58,11 +58,13 @@ def rounds(
     settings: Settings,
     journal: Journal,
     score: Callable[[ServerState], Score],
+    gathered: gather.Gather = gather.clear,
 ) -> Iterator[tuple[ServerState, Row]]:
     """Rounds state.round + 1 to state.until; yields (state, row) once a round is durable.
 
     plans: by client name; empty without DP. A client that is late, fails or answers garbage costs its own update and is
     named in the row. A round with fewer than settings.rounds.minimum good replies is committed and not applied.
+    gathered: how sums of integers are read, where updates are protected.
     """
     names = sorted(roster)
     combined, server_step = combine.resolve(settings.server), step.resolve(settings.server)
@@ -85,18 +87,19 @@ def rounds(
         # train; what comes back is decoded and checked one by one, and combined as it comes
         row = _new_row(state, number, chosen, tasks)
         accepted: dict[str, int] = {}
+        ask = partial(_ask, fleet, row)
         good = partial(_good, tasks=tasks, roster=roster, journal=journal, row=row, accepted=accepted)
         grid, norm = gather.grid(settings, plans, len(state.weights), number, clip), clip
         tally = _tally(state, roster, settings, number)
         if grid is not None:  # integers: only their sum is read
-            summed = gather.GATHERS[settings.protect.mode](fleet.ask, tasks, grid, good, roster)
+            summed = gathered(ask, tasks, grid, good, roster)
             update, norm, row["reason"] = summed.mean, grid.norm, summed.reason
             if summed.reason is not None:
                 accepted.clear()
         elif central is not None:
-            summed = combine.total(good(fleet.ask(tasks), _reader(settings)), len(state.weights))
+            summed = combine.total(good(ask(tasks), _reader(settings)), len(state.weights))
         else:
-            single = good(fleet.ask(tasks), _reader(settings))
+            single = good(ask(tasks), _reader(settings))
             update = combined(tally.through(single) if tally else single, settings.server)
 
         # noise, if central: on the sum, whoever replied
@@ -107,7 +110,8 @@ def rounds(
             update, clip = central.release(summed.total, summed.votes, clip, _random(settings, number), norm)
 
         # server step
-        row["reason"] = row["reason"] or _too_few(chosen, accepted, settings)
+        lost = None if select.secret(settings) else row["reason"]  # it would tell how many were drawn
+        row["reason"] = lost or _too_few(chosen, accepted, settings)
         if update is not None and row["reason"] is None:
             try:
                 weights, step_state = server_step.apply(state.step, state.weights, update)
@@ -246,6 +250,14 @@ def _new_row(state: ServerState, number: int, chosen: select.Cohort, tasks: Sequ
     }
 
 
+def _ask(fleet: Fleet, row: Row, tasks: Sequence[Task]) -> Iterator[Reply]:
+    """The fleet's replies, their bytes counted; those of what the protocol that hides updates says, too."""
+    row["bytes_down"] += sum(len(task.protection.request) for task in tasks if task.protection)
+    for reply in fleet.ask(tasks):
+        row["bytes_up"] += len(reply.payload)
+        yield reply
+
+
 def _good(
     replies: Iterable[Reply],
     read: Callable[[Task, Reply], Read],
@@ -257,7 +269,6 @@ def _good(
 ) -> Iterator[Read]:
     """The replies that can be used, read; the others are named in `row`. Fills `accepted`: client -> steps taken."""
     for task, reply in zip(tasks, replies, strict=True):
-        row["bytes_up"] += len(reply.payload)
         journal.heard(reply)
         try:
             if reply.late:

@@ -85,13 +85,14 @@ def federate(
     text: str,
     bend: Callable[[Task, Reply], Reply] = lambda _, reply: reply,
     state: ServerState | None = None,
+    gathered: gather.Gather = gather.clear,
 ) -> tuple[ServerState, Heard]:
     settings = override(Settings(), f"{BASE} {text}")
     here = node(settings, folder)
     heard = Heard(EmbeddedFleet(here), bend, settings)
     plans, begin = budget.plans(heard.hello(), settings), state or first_state(here.template, settings)
     begin = replace(begin, until=settings.rounds.number)
-    ran = rounds.rounds(heard, heard.hello(), plans, begin, settings, heard, lambda _: Score(1.0, 0.5))
+    ran = rounds.rounds(heard, heard.hello(), plans, begin, settings, heard, lambda _: Score(1.0, 0.5), gathered)
     heard.states = [after for after, _ in ran]
     return heard.states[-1], heard
 
@@ -263,16 +264,13 @@ def test_integers_that_no_honest_client_sends_cost_that_client_its_update(tmp_pa
 
 
 @pytest.mark.parametrize("unit", ["privacy.unit=none", "privacy.unit=example privacy.noise_seed=1", CLIENT])
-def test_a_sum_that_fails_costs_the_round_which_stays_charged(
-    tmp_path: Path, unit: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_sum_that_fails_costs_the_round_which_stays_charged(tmp_path: Path, unit: str) -> None:
     def fails(ask: gather.Ask, tasks: Sequence[Task], grid: Grid, good: gather.Good, _: Mapping[str, Hello]) -> Summed:
         came = list(good(ask(tasks), lambda task, reply: reply))
         assert len(came) == len(NAMES)
         return Summed(np.zeros(grid.size), 0.0, 0.0, "nobody opened it")
 
-    monkeypatch.setitem(gather.GATHERS, "none", fails)
-    state, heard = federate(tmp_path, f"{unit} codec=int8")
+    state, heard = federate(tmp_path, f"{unit} codec=int8", gathered=fails)
     assert (heard.rows[0]["applied"], heard.rows[0]["reason"]) == (False, "nobody opened it")
     assert not moved(state).any()
     asked = {task.client: task.steps for task in heard.tasks}
@@ -290,8 +288,9 @@ def test_a_sum_that_fails_costs_the_round_which_stays_charged(
         ("codec=int16 server.combine=median", "server.combine=median compares single updates, and with codec=int16"),
         ("codec=int16 server.combine=krum", "server.combine=krum compares"),
         ("codec=int16 server.normalize=true", "server.normalize=true"),
-        ("protect=masked", "protect=masked is not built yet: set protect=none, with codec=int16"),
         ("protect=encrypted protect.bits=9", "codec=int9"),
+        ("protect=masked codec=topk:0.1", "codec=topk:0.1 would make others of them: set codec=int16"),
+        ("protect=masked server.combine=krum", "server.combine=krum compares single updates, and with protect=masked"),
     ],
 )
 def test_what_needs_single_updates_is_refused_with_the_reason(text: str, reason: str) -> None:
