@@ -52,6 +52,12 @@ def evaluate(message: Message, context: Context) -> Message:
     return Message(_work(message.content, context), reply_to=message)
 
 
+@app.query("protect")
+def protect(message: Message, context: Context) -> Message:
+    """Answer the protocol that hides updates, before or after training."""
+    return Message(_work(message.content, context), reply_to=message)
+
+
 def _work(content: RecordDict, context: Context) -> RecordDict:
     from clients import device, messages, training
     from clients.task import Reply
@@ -102,8 +108,8 @@ def _own(context: Context) -> "OwnLedger | None":
 def _here(context: Context) -> tuple["Node", str]:
     """(what this process has to train with, the name of this node's client).
 
-    A device is told both by its owner: `client`, `data`, `state` and `scenario` in its node config. A simulated node
-    is the partition-id'th of the sorted client names, and may be told its data folder by the run.
+    A device is told both by its owner: `client`, `data`, `state`, `scenario` and `peers` in its node config. A simulated
+    node is the partition-id'th of the sorted client names, and may be told its data folder by the run.
     """
     config, run = context.node_config, context.run_config
     text = str(run["set"])
@@ -115,6 +121,7 @@ def _here(context: Context) -> tuple["Node", str]:
         states=str(_states(context)),
         run=context.run_id,
         device=bool(named),
+        peers=str(config.get("peers", "")),
     )
     clients = sorted(node.federation.sizes)
     if named:
@@ -137,7 +144,8 @@ def _scenario(asked: str, own: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _node(scenario: str, text: str, data: str, states: str, run: int, device: bool) -> "Node":
+def _node(scenario: str, text: str, data: str, states: str, run: int, device: bool, peers: str) -> "Node":
+    from clients import masking
     from clients.training import Node
     from scenarios import load
     from scenarios.settings import override
@@ -153,4 +161,5 @@ def _node(scenario: str, text: str, data: str, states: str, run: int, device: bo
         folder = Path(states) / hashlib.sha256(f"{loaded.name}\n{out or run}".encode()).hexdigest()[:16]
     if device:  # digests of this node's data show a change from run to run, too
         secret(folder / "key", secret(Path(states) / "key"))
-    return Node(loaded, settings, loaded.data(settings), folder)
+    known = (masking.read_peers(Path(peers)) if peers else {}) if device else None
+    return Node(loaded, settings, loaded.data(settings), folder, known)

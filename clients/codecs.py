@@ -17,7 +17,7 @@ from scenarios.weights import Vector
 Payload = bytes
 
 _BLOCK = 512
-"""Entries that share one scale in int8; the bucket of Alistarh et al. 2017, section 5."""
+"""Entries that share one scale in qsgd8; the bucket of Alistarh et al. 2017, section 5."""
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -45,7 +45,7 @@ class Codec:
 
         What is decoded plus the next residual equals update + residual up to the codec's own rounding; exactly so with
         error feedback (Stich et al. 2018, Algorithm 1). Codecs without feedback give no residual. `seed` (>= 0) drives
-        the rounding of int8; equal arguments give equal bytes.
+        the rounding of qsgd8; equal arguments give equal bytes.
         Raises CodecError for an update that is not finite float32 (P,), or is too large for the codec.
         """
         for vector in (update, update if residual is None else residual):
@@ -107,24 +107,27 @@ def topk(share: float) -> Codec:
     return Codec(f"topk:{share:g}", lambda size: 8 * count(size), pack, unpack, feedback=True)
 
 
-def int8() -> Codec:
+def qsgd8() -> Codec:
     """8 bits an entry, rounded at random without bias (Alistarh et al. 2017, section 3.1, with max-norm buckets).
 
     Each block of 512 entries has a scale, its largest magnitude / 127; an entry x becomes floor(x / scale + u) with u
     uniform in [0, 1), so that its expectation is x and its error below one scale. The payload is the scales (float32),
     then the entries (int8).
     """
-    return Codec("int8", lambda size: 4 * ceil(size / _BLOCK) + size, _pack_int8, _unpack_int8)
+    return Codec("qsgd8", lambda size: 4 * ceil(size / _BLOCK) + size, _pack_qsgd8, _unpack_qsgd8)
 
 
-CODECS: dict[str, Callable[..., Codec]] = {"float32": float32, "float16": float16, "topk": topk, "int8": int8}
+CODECS: dict[str, Callable[..., Codec]] = {"float32": float32, "float16": float16, "topk": topk, "qsgd8": qsgd8}
 
 
 def resolve(name: str) -> Codec:
-    """The codec of the setting `codec`: float32, float16, topk:SHARE or int8. Raises Refused for any other."""
+    """The codec of the setting `codec`: float32, float16, topk:SHARE or qsgd8. Raises Refused for any other."""
     kind, colon, argument = name.partition(":")
     if kind not in CODECS:
-        raise Refused(f"there is no codec {name!r}: choose float32, float16, topk:SHARE (as in topk:0.05) or int8")
+        raise Refused(
+            f"there is no codec {name!r}: choose float32, float16, topk:SHARE (as in topk:0.05), qsgd8 or intN (as in "
+            "int16)"
+        )
     if kind != "topk":
         if colon:
             raise Refused(f"codec {name!r}: {kind} takes no argument, write codec={kind}")
@@ -162,7 +165,7 @@ def _largest(magnitudes: Vector, count: int) -> NDArray[np.int64]:
     return np.sort(np.concatenate([above, ties]))
 
 
-def _pack_int8(update: Vector, seed: int) -> Payload:
+def _pack_qsgd8(update: Vector, seed: int) -> Payload:
     size, blocks = len(update), ceil(len(update) / _BLOCK)
     padded = np.zeros((blocks, _BLOCK))
     padded.reshape(-1)[:size] = update
@@ -171,18 +174,18 @@ def _pack_int8(update: Vector, seed: int) -> Payload:
     # a scale that float32 rounded down would push the largest entry beyond 127 and bias it
     scales = np.where(scales < exact, np.nextafter(scales, np.float32(np.inf)), scales)
     if (scales.astype(np.float64) * 127 > _LARGEST).any():
-        raise CodecError(f"an entry of {np.abs(update).max():g} is beyond int8's scales: use codec=float32")
+        raise CodecError(f"an entry of {np.abs(update).max():g} is beyond qsgd8's scales: use codec=float32")
     units = (padded / np.where(scales > 0, scales, 1.0)[:, None]).reshape(-1)[:size]
     levels = np.floor(units + np.random.default_rng(seed).random(size))
     levels = np.minimum(levels, 127)  # 127 + u is 128 in float64 for the last few u below 1
     return scales.astype("<f4").tobytes() + levels.astype(np.int8).tobytes()
 
 
-def _unpack_int8(payload: Payload, size: int) -> Vector:
+def _unpack_qsgd8(payload: Payload, size: int) -> Vector:
     scales = np.frombuffer(payload, "<f4", ceil(size / _BLOCK)).astype(np.float32)
     levels = np.frombuffer(payload, np.int8, offset=scales.nbytes)
     if not (np.isfinite(scales).all() and (scales >= 0).all() and (levels > -128).all()):
-        raise CodecError("an int8 payload must hold finite scales of at least 0 and levels from -127 to 127")
+        raise CodecError("a qsgd8 payload must hold finite scales of at least 0 and levels from -127 to 127")
     return levels.astype(np.float32) * np.repeat(scales, _BLOCK)[:size]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from clients.task import Charge, Device, Hello, Reply, Task
+from clients.task import Charge, Device, Hello, Protection, Reply, Task
 from privacy.chain import Head
 from privacy.plan import Mechanism
 from scenarios.weights import Layout
@@ -21,6 +21,8 @@ from scenarios.weights import Layout
 _FIELDS, _ARRAYS, _FLAT, _CONTROL = "umbel", "arrays", "flat", "control"
 _WEIGHTS = "umbel.float32.v1"  # little-endian float32, without a header
 _PAYLOAD = "umbel.payload.v1"  # what a codec wrote; read by that codec alone
+_REQUEST = "request"
+_PROTOCOL = "umbel.protocol.v1"  # what hides updates said; read by it alone
 
 _TASK: dict[str, type] = {
     "kind": str,
@@ -33,6 +35,7 @@ _TASK: dict[str, type] = {
     "clip": float,
     "update_clip": float,
     "update_noise": float,
+    "largest": int,
     "sampling_rate": float,
     "noise_multiplier": float,
     "run": str,
@@ -41,6 +44,9 @@ _TASK: dict[str, type] = {
     "server_digest": str,
     "node_sequence": int,
     "node_digest": str,
+    "protected_run": str,
+    "entries": int,
+    "minimum": int,
     "names": list,
     "ranks": list,
     "dims": list,
@@ -71,9 +77,12 @@ _HELLO: dict[str, type] = {
     "node_digest": str,
     "server_sequence": int,
     "server_digest": str,
+    "identity": str,
     "nodes": int,
     "reason": str,
 }
+_LARGEST_ANSWER = 1 << 20
+"""Bytes of an answer that carries no update: a thousand clients' shares are a fifth of it."""
 _LONGEST = 200
 """Characters of a name, a digest or a reason."""
 _SIGNED = {"loss"}
@@ -103,17 +112,24 @@ def encode_task(task: Task, arrays: ArrayRecord | None = None) -> RecordDict:
         "attempt": task.charge.attempt if task.charge else 0,
         **_written("server", task.charge.head if task.charge else None),
         **_written("node", task.charge.known if task.charge else None),
+        "protected_run": task.protection.run if task.protection else "",
+        "entries": task.protection.entries if task.protection else 0,
+        "minimum": task.protection.minimum if task.protection else 0,
         "names": [name for name, _ in task.layout],
         "ranks": [len(shape) for _, shape in task.layout],
         "dims": [size for _, shape in task.layout for size in shape],
     }
-    return RecordDict({_FIELDS: _config(fields, _TASK), _ARRAYS: arrays or encode_arrays(task)})
+    record = RecordDict({_FIELDS: _config(fields, _TASK), _ARRAYS: arrays or encode_arrays(task)})
+    if task.protection:
+        request = task.protection.request
+        record[_REQUEST] = ArrayRecord({_FLAT: _array(request, "uint8", len(request), _PROTOCOL)})
+    return record
 
 
 def decode_task(record: RecordDict) -> Task:
     """The task in `record`."""
-    fields = _fields(record, _TASK, {_FIELDS, _ARRAYS})
-    if fields["kind"] not in ("train", "evaluate"):
+    fields = _fields(record, _TASK, {_FIELDS, _ARRAYS} | ({_REQUEST} if _REQUEST in record else set()))
+    if fields["kind"] not in ("train", "evaluate", "protect"):
         raise ValueError(f"a task of unknown kind {_shown(fields['kind'])!r}")
     layout = _layout(fields)
     size = sum(math.prod(shape) for _, shape in layout)
@@ -140,7 +156,9 @@ def decode_task(record: RecordDict) -> Task:
         clip=fields["clip"],
         update_clip=fields["update_clip"],
         update_noise=fields["update_noise"],
+        largest=fields["largest"],
         charge=_charge(fields),
+        protection=_protection(record, fields),
     )
 
 
@@ -164,7 +182,7 @@ def decode_reply(record: RecordDict, task: Task) -> Reply:
     if (fields["round"], fields["client"]) != (task.round, task.client):
         raise ValueError(f"answered for round {fields['round']} of {_shown(fields['client'])!r}")
     payload = _data(record, "uint8", None, _PAYLOAD, 1)
-    if len(payload) > 16 * len(task.weights) + 65536:
+    if len(payload) > max(16 * len(task.weights) + 65536, _LARGEST_ANSWER if task.kind == "protect" else 0):
         raise ValueError(f"a payload of {len(payload)} bytes for {len(task.weights)} weights")
     head = _head(fields, "node")
     return Reply(payload=payload, head=head, **{name: fields[name] for name in fields if not name.startswith("node_")})
@@ -179,7 +197,7 @@ def encode_hello(hello: Hello, nodes: int = 0) -> RecordDict:
     """The message for `hello`; `nodes` is how many there are where the node is a simulated one, else 0."""
     device = hello.device
     fields = {
-        **{name: getattr(hello, name) for name in ("name", "examples", "digest")},
+        **{name: getattr(hello, name) for name in ("name", "examples", "digest", "identity")},
         **{name: getattr(device, name) for name in ("speed", "down", "up", "memory", "availability")},
         **_written("node", hello.head),
         **_written("server", hello.seen),
@@ -201,7 +219,9 @@ def decode_hello(record: RecordDict) -> tuple[Hello | str, int]:
     if fields["availability"] > 1:
         raise ValueError(f"an availability of {fields['availability']}")
     device = Device(**{name: fields[name] for name in ("speed", "down", "up", "memory", "availability")})
-    heads = _head(fields, "node"), _head(fields, "server")
+    if not re.fullmatch("([0-9a-f]{64})?", fields["identity"]):
+        raise ValueError(f"{_shown(fields['identity'])!r} is no public key")
+    heads = _head(fields, "node"), _head(fields, "server"), fields["identity"]
     return Hello(_name(fields["name"]), fields["examples"], _name(fields["digest"]), device, *heads), fields["nodes"]
 
 
@@ -242,9 +262,10 @@ def _data(
     width: int,
     name: str = _FLAT,
     names: Collection[str] = frozenset({_FLAT}),
+    where: str = _ARRAYS,
 ) -> bytes:
-    """The bytes of array `name`; `names`: all that may be there."""
-    arrays = record[_ARRAYS]
+    """The bytes of array `name` in record `where`; `names`: all that may be there."""
+    arrays = record[where]
     if not isinstance(arrays, ArrayRecord) or set(arrays) != set(names):
         raise ValueError("a message with other arrays than expected")
     array = arrays[name]
@@ -301,6 +322,15 @@ def _charge(fields: Mapping[str, Any]) -> Charge | None:
     if head is None or not fields["attempt"]:
         raise ValueError("a task that names a run of the ledger, but not its attempt or the ledger's head")
     return Charge(_name(fields["run"]), fields["attempt"], head, known)
+
+
+def _protection(record: RecordDict, fields: Mapping[str, Any]) -> Protection | None:
+    if _REQUEST not in record:
+        if fields["protected_run"] or fields["entries"] or fields["minimum"]:
+            raise ValueError("a task that is to be protected, without the protocol's message")
+        return None
+    request = _data(record, "uint8", None, _PROTOCOL, 1, where=_REQUEST)
+    return Protection(_name(fields["protected_run"]), fields["entries"], fields["minimum"], request)
 
 
 def _name(text: str) -> str:

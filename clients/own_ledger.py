@@ -65,7 +65,7 @@ class OwnLedger:
     def answer(self, node: Node, task: Task) -> Reply:
         """Do what `task` asks, if the account pays for it. Never raises: a failure is a Reply with a reason."""
         try:
-            if not self._kept(node, task.kind == "evaluate"):
+            if task.kind == "protect" or not self._kept(node, task.kind == "evaluate"):
                 return training.answer(node, task)
             if not (task.mechanism or task.update_noise) or task.charge is None:
                 raise Refused("the task is not charged to a ledger, or is without noise")

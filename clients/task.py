@@ -37,6 +37,8 @@ class Hello:
     """Of the device's own ledger; None where it keeps none."""
     seen: Head | None = None
     """Of the server's ledger, as this device's own last saw it."""
+    identity: str = ""
+    """Its Ed25519 public key, 64 hexadecimal digits, where updates are protected; else empty."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,25 @@ class Charge:
 
 
 @dataclass(frozen=True)
+class Protection:
+    """What the server says to a client so that it may hide its update (privacy/masks.py)."""
+
+    run: str
+    """The run's name in the protocol."""
+    entries: int
+    """Integers of an update."""
+    minimum: int
+    """Fewest clients whose sum may be read."""
+    request: bytes
+    """The protocol's own message."""
+
+
+@dataclass(frozen=True)
 class Task:
     """One client's work in one round."""
 
-    kind: Literal["train", "evaluate"]
+    kind: Literal["train", "evaluate", "protect"]
+    """protect: a stage of the protocol that hides updates, before or after training."""
     round: int
     client: str
     weights: Vector
@@ -82,8 +99,12 @@ class Task:
     """Client-level and local DP: clipping norm of the whole update; 0: without."""
     update_noise: float = 0.0
     """Local DP: standard deviation of the noise on the update in units of 2 x update_clip; 0: without."""
+    largest: int = 0
+    """Examples of the client that has most of them, which weighs 1 in a sum of integers; 0: all weigh the same."""
     charge: Charge | None = None
     """Only where the client adds noise that is charged to a ledger."""
+    protection: Protection | None = None
+    """Only where updates are protected."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +114,7 @@ class Reply:
     round: int
     client: str
     payload: bytes = b""
-    """train: the encoded update (new weights minus the task's weights)."""
+    """train: the encoded update (new weights minus the task's weights); protect: the protocol's answer."""
     examples: int = 0
     """train: training examples; evaluate: test examples."""
     steps: int = 0

@@ -4,17 +4,18 @@ import copy
 import hashlib
 import hmac
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clients import codecs, device, scaffold, state
+from clients import codecs, device, masking, scaffold, state, upload
 from clients.task import Device, Hello, Reply, Task
 from privacy import accounting, cohort_noise, dp_sgd, durable, local_noise, noisy_counts
 from privacy.refused import Refused
@@ -32,6 +33,13 @@ class Node:
     settings: Settings
     federation: Federation
     states: Path
+    peers: Mapping[str, bytes] | None = None
+    """Ed25519 public keys of all clients by name, as this device's owner knows them; None: all are simulated."""
+
+    @cached_property
+    def identities(self) -> Mapping[str, bytes]:
+        """The public keys by which clients know one another where updates are protected."""
+        return masking.simulated(self.states, self.federation.sizes) if self.peers is None else self.peers
 
     @cached_property
     def template(self) -> nn.Module:
@@ -46,7 +54,9 @@ def hello(node: Node, name: str, said: Device = Device()) -> Hello:
         ability = device.draw(node.settings.fleet.profile, name, node.settings.run.seed)
     else:
         ability = device.measure(copy.deepcopy(node.template), examples.x[:32], said)
-    return Hello(name, len(examples.y), digest(node.states, examples), ability)
+    hidden = node.settings.protect.mode != "none"
+    identity = masking.introduced(node.states, name, node.identities) if hidden else ""
+    return Hello(name, len(examples.y), digest(node.states, examples), ability, identity=identity)
 
 
 def digest(states: Path, examples: Examples) -> str:
@@ -63,6 +73,8 @@ def answer(node: Node, task: Task) -> Reply:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        if task.kind == "protect":
+            return Reply(task.round, task.client, _member(node).answer(task))
         return _train(node, task) if task.kind == "train" else _evaluate(node, task)
     except (Refused, codecs.CodecError) as error:
         return Reply(task.round, task.client, reason=str(error)[:200])
@@ -85,6 +97,8 @@ def _train(node: Node, task: Task) -> Reply:
         local_noise.hold_to(*asked, wanted.clip, wanted.epsilon, wanted.delta, number)
     if task.control is not None and not settings.local.scaffold:
         raise Refused("the task has a control variate that this node's settings do not ask for")
+    if _drops_out(settings, task):
+        raise Refused("dropped out, as faults.dropout asks")
     before = state.load(node.states, task)
     correction = scaffold.correction(task, before.control) if settings.local.scaffold else None
     examples = node.federation.client(task.client)
@@ -95,14 +109,31 @@ def _train(node: Node, task: Task) -> Reply:
     if not steps:
         return Reply(task.round, task.client, reason="the deadline came before its first step", late=True)
     update, within = protected(flatten(model) - task.weights, task, settings)
-    codec, seed = codecs.resolve(settings.codec), derive(settings.run.seed, "codec", task.round, task.client)
-    payload, residual = codec.encode(update, before.residual, seed)
+    if settings.protect.mode != "none":
+        grid = upload.grid_of(task, settings)
+        assert grid is not None
+        entries = upload.integers(update, within, len(examples.y), task, settings, grid)
+        return Reply(task.round, task.client, _member(node).answer(task, grid, entries), len(examples.y), steps)
+    payload, residual = upload.encode(update, before.residual, within, len(examples.y), task, settings)
     after = state.ClientState(residual=residual)
     if correction is not None:  # the variate does what a residual would: clients/scaffold.py
-        sent = codec.decode(payload, len(update))
+        sent = upload.decode(payload, task, settings)
         after = state.ClientState(control=scaffold.advanced(task, before.control, sent, steps))
     state.save(node.states, task, after)
-    return Reply(task.round, task.client, payload, len(examples.y), steps, within=within)
+    told = within or upload.bits(settings) is not None  # integers carry it themselves
+    return Reply(task.round, task.client, payload, len(examples.y), steps, within=told)
+
+
+def _member(node: Node) -> masking.Member:
+    return masking.Member(node.states, node.identities, node.settings.protect)
+
+
+def _drops_out(settings: Settings, task: Task) -> bool:
+    chance = settings.faults.dropout
+    return (
+        chance > 0
+        and np.random.default_rng(derive(settings.run.seed, "dropout", task.round, task.client)).random() < chance
+    )
 
 
 def protected(update: Vector, task: Task, settings: Settings) -> tuple[Vector, bool]:

@@ -81,15 +81,21 @@ class CohortNoise:
         return float((self.multiplier**-2 - (2 * self.vote_deviation) ** -2) ** -0.5)
 
     def release(
-        self, total: NDArray[np.float64], votes: float, clip: float, random: np.random.Generator
+        self,
+        total: NDArray[np.float64],
+        votes: float,
+        clip: float,
+        random: np.random.Generator,
+        norm: float | None = None,
     ) -> tuple[_Vector, float]:
         """(the round's update (P,), the norm of the next round), from sums over the clients that replied.
 
         total: sum (P,) of updates clipped at `clip`. votes: sum of +1/2 for every client that was within it and -1/2
-        for every other. The noise is that of the norm which clipped, not of the next. The norm moves geometrically
+        for every other. norm: how long an update may be where it was changed after `clip`, as rounding does; unset:
+        `clip`. The noise is that of the norm which clipped, not of the next. The norm moves geometrically
         towards the wanted quantile of the updates' lengths (Andrew et al. 2021, Algorithm 1).
         """
-        noisy = total + random.normal(0.0, self.update_multiplier * clip, total.shape)
+        noisy = total + random.normal(0.0, self.update_multiplier * (norm or clip), total.shape)
         if self.adapt_rate:
             within = 0.5 + (votes + random.normal(0.0, self.vote_deviation)) / self.expected
             clip *= math.exp(-self.adapt_rate * (within - self.quantile))

@@ -22,6 +22,13 @@ def write_atomic(path: Path, content: bytes, private: bool = False) -> None:
     _fsync_folder(path.parent)
 
 
+def remove(path: Path) -> None:
+    """Remove `path` and what a crash left of its next content, where they are, durably."""
+    for name in (path, path.with_name(path.name + ".partial")):
+        name.unlink(missing_ok=True)
+    _fsync_folder(path.parent)
+
+
 def secret(path: Path, first: bytes = b"") -> bytes:
     """The 32 secret bytes in `path`, for its owner's eyes alone (mode 0600); made at first use.
 

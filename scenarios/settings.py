@@ -115,6 +115,23 @@ class Privacy(Section):
         return self.update_clip if self.unit == "both" else self.clip
 
 
+class Protect(Section):
+    mode: Literal["none", "encrypted", "masked"] = Field(
+        "none", description="how updates are hidden from the server, which learns their sum; also written protect=MODE"
+    )
+    trust: Literal["split", "shared"] = Field(
+        "split", description="encrypted: who can open a sum: a key holder apart from the server, or the clients"
+    )
+    bits: int = Field(16, ge=2, le=24, description="of one quantized value (protect=none: codec=intN says it)")
+    range: float | None = Field(
+        None, gt=0, description="a quantized value is clamped to +-range; unset: made from the clipping norm, else 1"
+    )
+    minimum: int | None = Field(
+        None, ge=1, description="fewest clients in a sum that is opened; unset: the larger of 3 and half the cohort"
+    )
+    max_clients: int = Field(100, ge=1, description="most clients in a sum of integers: none of so many carries")
+
+
 class Fleet(Section):
     clients: int = Field(20, ge=1, description="clients of a simulated federation")
     profile: str = Field("equal", description="equal, edge, or a TOML file: what the devices can do")
@@ -156,17 +173,25 @@ class Report(Section):
     key: str = Field("", description="PEM file of the Ed25519 key that signs the report; empty: UMBEL_KEY, else none")
 
 
+class Faults(Section):
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="for trials: chance that a client that was asked to train never answers, by seed"
+    )
+
+
 class Settings(Section):
     """All settings of a run. A scenario is born with its own values; `override` changes them by name."""
 
     model: str = Field("", description="which of the scenario's models; empty: its first")
     partition: str = Field("iid", description="iid, dirichlet:ALPHA, shards:NUMBER, natural")
-    codec: str = Field("float32", description="how updates travel: float32, float16, topk:SHARE, int8")
+    codec: str = Field("float32", description="how updates travel: float32, float16, topk:SHARE, qsgd8, intN")
     run: Run = Run()
     rounds: Rounds = Rounds()
     local: Local = Local()
     server: Server = Server()
     privacy: Privacy = Privacy()
+    protect: Protect = Protect()
+    faults: Faults = Faults()
     fleet: Fleet = Fleet()
     evaluation: Evaluation = Evaluation()
     export: Export = Export()
@@ -187,7 +212,8 @@ def knobs(settings: Section, prefix: str = "") -> Iterator[tuple[str, Any, str]]
 def override(settings: Settings, text: str) -> Settings:
     """`settings` with the values named in `text`, as in "rounds.number=5 privacy.epsilon=3".
 
-    An empty value (`server.rate=`) unsets a setting that may be unset.
+    An empty value (`server.rate=`) unsets a setting that may be unset. A section that has a mode takes it by its own
+    name: `protect=masked` is `protect.mode=masked`.
     Raises Refused for a name that does not exist (with the nearest one that does) or a value that does not fit.
     """
     values = {name: value for name, value, _ in knobs(settings)}
@@ -202,6 +228,8 @@ def override(settings: Settings, text: str) -> Settings:
         name, equals, value = word.partition("=")
         if not equals:
             raise Refused(f"setting {word!r} has no value: write {word}=VALUE")
+        if f"{name}.mode" in values:
+            name = f"{name}.mode"
         if name not in values:
             near = difflib.get_close_matches(name, values, 1, 0.0)[0]
             raise Refused(f"there is no setting {name!r}: the nearest is {near!r}; `umbel settings SCENARIO` lists all")

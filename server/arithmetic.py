@@ -5,9 +5,10 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from clients import upload
 from privacy import accounting, certificate, dp_sgd
-from scenarios.settings import Local
-from server import guarantee, provenance, select
+from scenarios.settings import Local, Settings
+from server import gather, guarantee, provenance, select
 from server.guarantee import mechanism
 from server.hazards import hazards
 
@@ -24,6 +25,7 @@ def errors(report: Report) -> Iterator[str]:
     yield from _summary(report)
     yield from _copies(report)
     yield from _plan(report)
+    yield from _protected(report)
     yield from _derived(report)
     yield from _accounts(report)  # last: it takes seconds where steps are over samples
 
@@ -187,11 +189,39 @@ def _plan(report: Report) -> Iterator[str]:
             yield f"statement.composition.adaptive.{key} is {filtered[key]}, the costliest client has {value}"
     if filtered["steps"] is not None and not worst["steps"] <= filtered["steps"] <= planned["most"]:
         yield f"statement.composition.adaptive.steps is {filtered['steps']}, planned were {planned['most']:g} at most"
-    reach = 2 if report["privacy"]["unit"] == "local" else 1
+    reach = 2.0 if report["privacy"]["unit"] == "local" else 1.0
+    if report["privacy"]["unit"] == "client" and report["protect"]["norm"] is not None:
+        reach = report["protect"]["norm"] / report["privacy"]["clip"]
     if words["noise_std"] is not None and words["noise_multiplier"] is not None:
         for key, value in words["noise_multiplier"].items():
             if not _same(words["noise_std"][key], value * words["clip"] * reach):
                 yield f"statement.mechanism.noise_std.{key} is not the noise multiplier times the sensitivity"
+
+
+def _protected(report: Report) -> Iterator[str]:
+    """The grid of the integers, from the settings, the clipping norm at the end and the number of values."""
+    said, clients, tree = report["protect"], report["privacy"]["clients"], dict[str, Any]()
+    for name, value in report["settings"].items():
+        section, dot, last = name.rpartition(".")
+        (tree.setdefault(section, {}) if dot else tree)[last] = value
+    try:
+        settings = Settings.model_validate(tree)
+        clip = report["privacy"]["update_clip" if settings.privacy.unit == "both" else "clip"]
+        clip, noise = clip or settings.privacy.update_norm, 0.0
+        if settings.privacy.unit == "local":
+            noise = max(client["noise_multiplier"] for client in clients)
+            clip = settings.privacy.clip
+        by_update = settings.privacy.by_client or settings.privacy.unit == "local"
+        grid = upload.grid(settings, said["values"], 1, clip if by_update else 0.0, noise)
+        found = gather.told(settings, said["values"], grid)
+    except ValueError as error:  # of pydantic, of a grid that cannot be
+        yield f"protect cannot follow from the settings: {str(error).splitlines()[0]}"
+        return
+    if said["values"] < report["parameters"]:
+        yield f"protect.values is {said['values']}, fewer than the {report['parameters']} parameters"
+    for key, value in found.items():
+        if said[key] != value and not (isinstance(value, float) and said[key] and _same(said[key], value)):
+            yield f"protect.{key} is {said[key]!r}, from the settings it is {value!r}"
 
 
 def _planned(report: Report) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from clients import upload
 from clients.task import Hello
 from privacy import accounting, audit
 from privacy.durable import write_atomic
@@ -88,7 +89,9 @@ def run(
         raise Refused(f"there is no audit of privacy.unit={unit}: choose {', '.join(PROBES)}")
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="umbel-audit-") as states:
-        setup = _setup(scenario, settings, start, Path(states), settings.run.seed if seed is None else seed)
+        setup = _setup(
+            scenario, upload.in_the_clear(settings), start, Path(states), settings.run.seed if seed is None else seed
+        )
         found = _canaries(setup, canaries if "canaries" in attacks else 0, progress)
         skipped = "not asked for: --attacks canaries,membership,inversion"
         for attack in ("membership", "inversion"):

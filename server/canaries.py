@@ -20,9 +20,11 @@ PUSH = 20.0
 POST = (
     "server.step=sgd server.rate= server.beta1= server.beta2= server.tau= server.combine=mean server.normalize=false "
     "server.weighting=uniform rounds.average=1 rounds.minimum=0 local.proximal=0 local.weight_decay=0 "
-    "local.scaffold=false fleet.profile=equal fleet.clock=wall fleet.deadline=0"
+    "local.scaffold=false fleet.profile=equal fleet.clock=wall fleet.deadline=0 protect.max_clients=1000000"
 )
-"""What is done with an update after its noise cannot add to epsilon, nor can devices: both are left out."""
+"""What is done with an update after its noise cannot add to epsilon, nor can devices: both are left out.
+
+Sums of integers have room for any number of canaries: it makes them wider, and no value another."""
 
 Tick = Callable[[], None]
 

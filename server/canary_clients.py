@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from clients import codecs
+from clients import upload
 from clients.task import Hello, Reply, Task
 from clients.training import protected
 from privacy import audit, matrix_noise
 from privacy.audit import Included, Scores
 from privacy.plan import Plan
 from scenarios.settings import Settings, override
+from scenarios.weights import Vector
 from server import select
 from server.canaries import POST, PUSH, Run, Setup, Tick, Unrecorded, seeded, sign
 from server.rounds import rounds
@@ -70,12 +71,8 @@ def by_local(setup: Setup, name: str, included: Included, tick: Tick) -> Run:
     plan = setup.plans[name]
     distance, scores = 2 * setup.settings.privacy.clip, np.zeros(len(included))
     for one in _federations(setup, plan, included, tick, -1.0, 1, "rounds.fraction=1"):
-        codec = codecs.resolve(one.fleet.settings.codec)
-        for before, _, row in one.rounds:
-            sent = (
-                codec.decode(one.fleet.sent[client], len(before.weights))[i]
-                for client, (i, _) in one.fleet.pushes.items()
-            )
+        for _, _, row in one.rounds:
+            sent = (one.fleet.seen(client)[i] for client, (i, _) in one.fleet.pushes.items())
             moved = np.fromiter(sent, np.float64, len(one.block)) / distance
             scores[one.block] += audit.evidence(moved * sign(row["round"]), plan.mechanism, 1)
     return Run(
@@ -157,10 +154,10 @@ class _CanaryClients:
     ) -> None:
         """pushes: client -> (its coordinate, 1, -1, or 0: it does not answer). bands: rounds to its next turn."""
         self.pushes, self.settings = pushes, settings
-        self._roster, self._bands, self._codec = roster, bands, codecs.resolve(settings.codec)
-        self.sent: dict[str, bytes] = {}
-        """By client: the last payload."""
-        self._made: dict[tuple[str, float, float], bytes] = {}
+        self._roster, self._bands = roster, bands
+        self._sent: dict[str, tuple[Task, bytes]] = {}
+        """By client: its last task and what it sent."""
+        self._made: dict[tuple[str, float, float, int], bytes] = {}
 
     def hello(self) -> Mapping[str, Hello]:
         return self._roster
@@ -175,15 +172,22 @@ class _CanaryClients:
             if not part:
                 yield Reply(task.round, task.client, reason="is not there")
                 continue
-            self.sent[task.client] = self._payload(task, coordinate, part * self.way(task.round))
-            yield Reply(task.round, task.client, self.sent[task.client], _EXAMPLES, 1, within=False)
+            payload = self._payload(task, coordinate, part * self.way(task.round))
+            self._sent[task.client] = task, payload
+            yield Reply(task.round, task.client, payload, _EXAMPLES, 1, within=False)
+
+    def seen(self, client: str) -> Vector:
+        """What the server can read of the last update of `client`."""
+        task, payload = self._sent[client]
+        return upload.decode(payload, task, self.settings)
 
     def _payload(self, task: Task, coordinate: int, way: float) -> bytes:
-        key = task.client, task.update_clip, way
+        turned = upload.bits(self.settings) is not None  # integers of each round lie on a grid of their own
+        key = task.client, task.update_clip, way, task.round if turned else 0
         if not task.update_noise and key in self._made:
             return self._made[key]
         wanted = np.zeros(len(task.weights), np.float32)
         wanted[coordinate] = PUSH * task.update_clip * way
         update, _ = protected(wanted, task, self.settings)
-        self._made[key] = payload = self._codec.encode(update, None, task.round)[0]
+        self._made[key] = payload = upload.encode(update, None, False, _EXAMPLES, task, self.settings)[0]
         return payload

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from clients import codecs
+from clients import upload
 from clients.task import Hello, Reply, Task
 from clients.training import Node
 from privacy import audit
@@ -94,7 +94,7 @@ class _CanaryExamples:
             loss = ghost_loss(setup.scenario.loss, way * PUSH * settings.privacy.clip)
             scenario = replace(setup.scenario, models={"ghost": model}, loss=loss)
             self._nodes[way] = Node(scenario, settings, federation, setup.states)
-        self._codec = codecs.resolve(settings.codec)
+        self._settings = settings
         self.seen: dict[str, tuple[Task, Vector]] = {}
         """By client: its last task and the update that it sent, decoded."""
 
@@ -110,7 +110,7 @@ class _CanaryExamples:
             (reply,) = EmbeddedFleet(self._nodes[sign(task.round)]).ask([task])
             if reply.reason:
                 raise RuntimeError(f"the audit cannot train client {task.client}: {reply.reason}")
-            self.seen[task.client] = task, self._codec.decode(reply.payload, len(task.weights))
+            self.seen[task.client] = task, upload.decode(reply.payload, task, self._settings)
             yield reply
 
 

@@ -75,16 +75,33 @@ def mean(contributions: Iterable[Contribution], server: Server) -> Vector | None
     return _float32(total * (steps / weight / weight) if server.normalize else total / weight)
 
 
-def total(contributions: Iterable[Contribution], size: int) -> tuple[NDArray[np.float64], float]:
-    """(the plain sum of the updates, float64 (size,), zeros where none came; +1/2 a client within the norm, -1/2 else).
+@dataclass(frozen=True)
+class Summed:
+    """Sums over the clients of a round."""
 
-    What client-level DP noises: every client counts once, whatever weight or steps it names.
-    """
-    summed, votes = np.zeros(size), 0.0
+    total: NDArray[np.float64]
+    """(P,) updates times weights; zeros where none came."""
+    weight: float
+    """Of the weights."""
+    votes: float
+    """+1/2 for every client within the norm, -1/2 for every other."""
+    reason: str | None = None
+    """Why no sum came of the replies: the round is not applied, and paid for whole."""
+
+    @property
+    def mean(self) -> Vector | None:
+        """The weighted mean (P,); None where nobody came."""
+        return _float32(self.total / self.weight) if self.weight else None
+
+
+def total(contributions: Iterable[Contribution], size: int) -> Summed:
+    """The plain sum of the updates: what client-level DP noises; every client counts once, whatever weight it names."""
+    summed, count, votes = np.zeros(size), 0, 0.0
     for one in contributions:
         summed += one.update
+        count += 1
         votes += 0.5 if one.within else -0.5
-    return summed, votes
+    return Summed(summed, count, votes)
 
 
 def median(contributions: Iterable[Contribution], server: Server) -> Vector | None:

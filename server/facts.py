@@ -13,7 +13,8 @@ from privacy import certificate, dp_sgd
 from privacy.plan import History, Plan
 from privacy.promise import promise
 from scenarios.settings import Settings, knobs
-from server import select
+from scenarios.weights import flatten
+from server import gather, select
 from server.accounts import Accounts, Cost
 from server.state import Row, Score, ServerState, Spent
 
@@ -59,6 +60,7 @@ def collect(
         },
         "reference": {key: value for key, value in compared.items() if key != "seconds"},
         "privacy": _privacy(node, state, roster, plans, tests, accounts, compared),
+        "protect": _protect(node, state, plans),
         "bytes": {key: sum(row[f"bytes_{key}"] for row in rows) for key in ("up", "down")},
         "fleet": {
             "profile": settings.fleet.profile,
@@ -150,6 +152,13 @@ def _privacy(
         "worst_tests_epsilon": max((entry["epsilon"] for entry in entries["tests"].values()), default=None),
         "not_covered": _not_covered(node, made.not_covered, compared) if plans else [],
     }
+
+
+def _protect(node: Node, state: ServerState, plans: Mapping[str, Plan]) -> dict[str, Any]:
+    """How updates of the unpruned model travel, on the grid of the last round."""
+    settings, size = node.settings, len(flatten(node.template))
+    grid = gather.grid(settings, plans, size, state.round, state.clip or settings.privacy.update_norm)
+    return gather.told(settings, size, grid)
 
 
 class _Spending(NamedTuple):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sklearn.isotonic import IsotonicRegression
 
+from clients import upload
 from clients.training import Node
 from privacy import accounting, renyi
 from privacy.plan import Mechanism, Plan
@@ -97,6 +98,7 @@ def forecast(found: Answer, progress: Callable[[int, int], None], seconds: float
     Where all rounds would take longer than `seconds`, each federation is `shortened`. progress: called with
     (rounds done, rounds in all). Raises Refused where not even a few short ones fit.
     """
+    found = replace(found, settings=upload.in_the_clear(found.settings))
     with tempfile.TemporaryDirectory(prefix="umbel-forecast-") as states:
         settings = found.settings
         node = Node(found.scenario, settings, found.scenario.data(settings), Path(states))

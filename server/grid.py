@@ -18,6 +18,8 @@ _Key = TypeVar("_Key")
 _AHEAD = 32
 """Replies that may wait for their turn, so that memory holds so many payloads and not a whole cohort's."""
 
+_TYPES = {"train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE, "protect": f"{MessageType.QUERY}.protect"}
+
 # Flower's error codes (ErrorCode); a node's own text may quote its data, so it is not passed on.
 _ERRORS = {
     1: "its node cannot load Umbel: is the same version of its dependencies installed there?",
@@ -127,7 +129,7 @@ class GridFleet:
             outgoing[client] = Message(
                 messages.encode_task(task, shared[same]),
                 self._nodes[client],
-                MessageType.TRAIN if task.kind == "train" else MessageType.EVALUATE,
+                _TYPES[task.kind],
                 ttl=max(0.1, waiting.limit - now),
                 group_id=str(task.round),
             )

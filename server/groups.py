@@ -59,7 +59,9 @@ class Outputs(Group):
 class Mechanism(Group):
     family: str | None = meaning("the mechanism")
     noise_multiplier: Spread | None = meaning("noise in units of the clipping norm, over clients")
-    noise_std: Spread | None = meaning("the same times the clipping norm, on the sum that it protects")
+    noise_std: Spread | None = meaning(
+        "the same times the norm of what is summed: the clipping norm, or that after rounding"
+    )
     noise_std_reason: str | None = None
     clip: Amount | None = meaning("clipping norm at the start")
     clip_at_end: Amount | None = meaning("clipping norm where the run left it")

@@ -1,11 +1,13 @@
 """Settings that do not fit one another, refused before anyone is asked."""
 
+from clients import upload
 from privacy.refused import Refused
 from scenarios.settings import Settings
 
 
 def check(settings: Settings) -> None:
     """Raises Refused, in one line, for what the unit of privacy, or another setting, makes no sense of."""
+    _summable(settings)
     if settings.local.scaffold:
         _scaffold(settings)
     privacy, fraction, evaluation = settings.privacy, settings.rounds.fraction, settings.evaluation
@@ -66,4 +68,35 @@ def _scaffold(settings: Settings) -> None:
         raise Refused(
             "local.scaffold and local.proximal both act against drift, and control variates would take the pull for "
             "gradient: set one of them to 0 (false)"
+        )
+
+
+def _summable(settings: Settings) -> None:
+    """Refuse what needs a single update where only their sum is read."""
+    mode, bits = settings.protect.mode, upload.bits(settings)
+    if mode == "encrypted":
+        raise Refused(f"protect={mode} is not built yet: set protect=masked, or protect=none with codec=int{bits}")
+    if bits is None:
+        return
+    if mode != "none" and settings.codec not in ("float32", f"int{bits}"):
+        raise Refused(
+            f"protect={mode} sends integers of protect.bits={bits}, and codec={settings.codec} would make others of "
+            f"them: set codec=int{bits}, or protect=none"
+        )
+    way = f"protect={mode}" if mode != "none" else f"codec={settings.codec}"
+    leave = "protect=none codec=float32"
+    if settings.server.combine != "mean":
+        raise Refused(
+            f"server.combine={settings.server.combine} compares single updates, and with {way} only their sum is read: "
+            f"set server.combine=mean, or {leave}"
+        )
+    if settings.server.normalize:
+        raise Refused(
+            f"server.normalize=true (FedNova) rescales single updates by their steps, and with {way} only their sum is "
+            f"read: set server.normalize=false, or {leave}"
+        )
+    if settings.local.scaffold:
+        raise Refused(
+            f"local.scaffold needs every client's own update, and with {way} only their sum is read: set "
+            f"local.scaffold=false, or {leave}"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from clients import upload
 from clients.task import Reply, Task
 from clients.training import Node, evaluate, train
 from privacy.refused import Refused
@@ -79,7 +80,7 @@ def central_reference(scenario: Scenario, settings: Settings, federation: Federa
 
 def no_privacy_reference(scenario: Scenario, settings: Settings, federation: Federation) -> float | None:
     """Final accuracy of the same federation, seed and settings, without privacy and with reference.no_privacy_set."""
-    settings = override(settings, f"privacy.unit=none {settings.reference.no_privacy_set}")
+    settings = override(upload.in_the_clear(settings), f"privacy.unit=none {settings.reference.no_privacy_set}")
     with tempfile.TemporaryDirectory(prefix="umbel-reference-") as states:
         node = Node(scenario, settings, federation, Path(states))
         fleet = EmbeddedFleet(node)

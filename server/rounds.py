@@ -6,19 +6,22 @@ Legend: P is the number of weights; K the number of clients.
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from clients import codecs, scaffold
+from clients import codecs, scaffold, upload
 from clients.task import Hello, Reply, Task
 from privacy import accounting, cohort_noise
 from privacy.matrix_noise import BandedNoise
 from privacy.plan import Plan
 from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
-from server import combine, select, step
+from server import combine, gather, select, step
 from server.state import Row, Score, ServerState, Spent
+
+Read = TypeVar("Read")
 
 
 class Fleet(Protocol):
@@ -55,45 +58,60 @@ def rounds(
     settings: Settings,
     journal: Journal,
     score: Callable[[ServerState], Score],
+    gathered: gather.Gather = gather.clear,
 ) -> Iterator[tuple[ServerState, Row]]:
     """Rounds state.round + 1 to state.until; yields (state, row) once a round is durable.
 
     plans: by client name; empty without DP. A client that is late, fails or answers garbage costs its own update and is
     named in the row. A round with fewer than settings.rounds.minimum good replies is committed and not applied.
+    gathered: how sums of integers are read, where updates are protected.
     """
     names = sorted(roster)
     combined, server_step = combine.resolve(settings.server), step.resolve(settings.server)
-    codec = codecs.resolve(settings.codec)
     central = _central(plans, settings) if settings.privacy.by_client else None
+    largest = _largest(roster, settings)
     while state.round < state.until:
         began, number = time.monotonic(), state.round + 1
 
         # who is asked, and may they: what they could release is written down before any task goes out
-        traffic = state.download, codec.bytes(len(state.weights))
+        traffic = state.download, upload.size(settings, len(state.weights))
         chosen = select.cohort(names, roster, settings, number, traffic, plans, state.clients)
         clip = state.clip or settings.privacy.update_norm
         for name, reason in (journal.reserve(number, chosen.paid) if plans and chosen.paid else {}).items():
             chosen.leave_out(name, reason)
-        tasks = [_task(state, plans, settings, number, name, steps, clip) for name, steps in chosen.steps.items()]
+        tasks = [
+            _task(state, plans, settings, number, name, steps, clip, largest) for name, steps in chosen.steps.items()
+        ]
         tasks = [journal.charged(task) for task in tasks]
 
         # train; what comes back is decoded and checked one by one, and combined as it comes
         row = _new_row(state, number, chosen, tasks)
         accepted: dict[str, int] = {}
-        good = _good(fleet.ask(tasks), tasks, roster, settings, codec, journal, row, accepted)
-        if tally := _tally(state, roster, settings, number):
-            good = tally.through(good)
-        if central is None:
-            update = combined(good, settings.server)
-        elif isinstance(central, BandedNoise):
-            summed, _ = combine.total(good, len(state.weights))
-            update, noise = central.release(summed, clip, _random(settings, number), state.noise)
+        ask = partial(_ask, fleet, row)
+        good = partial(_good, tasks=tasks, roster=roster, journal=journal, row=row, accepted=accepted)
+        grid, norm = gather.grid(settings, plans, len(state.weights), number, clip), clip
+        tally = _tally(state, roster, settings, number)
+        if grid is not None:  # integers: only their sum is read
+            summed = gathered(ask, tasks, grid, good, roster)
+            update, norm, row["reason"] = summed.mean, grid.norm, summed.reason
+            if summed.reason is not None:
+                accepted.clear()
+        elif central is not None:
+            summed = combine.total(good(ask(tasks), _reader(settings)), len(state.weights))
+        else:
+            single = good(ask(tasks), _reader(settings))
+            update = combined(tally.through(single) if tally else single, settings.server)
+
+        # noise, if central: on the sum, whoever replied
+        if isinstance(central, BandedNoise):
+            update, noise = central.release(summed.total, norm, _random(settings, number), state.noise)
             state = replace(state, noise=noise)
-        else:  # noise, if central: on the sum, whoever replied
-            update, clip = central.release(*combine.total(good, len(state.weights)), clip, _random(settings, number))
+        elif central is not None:
+            update, clip = central.release(summed.total, summed.votes, clip, _random(settings, number), norm)
 
         # server step
-        row["reason"] = _too_few(chosen, accepted, settings)
+        lost = None if select.secret(settings) else row["reason"]  # it would tell how many were drawn
+        row["reason"] = lost or _too_few(chosen, accepted, settings)
         if update is not None and row["reason"] is None:
             try:
                 weights, step_state = server_step.apply(state.step, state.weights, update)
@@ -107,7 +125,7 @@ def rounds(
         taken = accepted if settings.privacy.unit in ("none", "example") else chosen.paid  # a round is paid for whole
         state = _advance(state, settings, number, chosen, accepted, taken, row)
         if select.secret(settings):
-            _withhold(row, state, codec, select.cohort_size(len(names), settings) if chosen.paid else 0)
+            _withhold(row, traffic, select.cohort_size(len(names), settings) if chosen.paid else 0)
         row["loss"], row["accuracy"], row["worst_client_accuracy"], missing = score(state)
         row["unevaluated"] = [{"name": name, "reason": reason} for name, reason in sorted(missing.items())]
         row["epsilon"] = worst_epsilon(state, plans)
@@ -139,6 +157,7 @@ def _task(
     name: str,
     steps: int,
     clip: float,
+    largest: int,
 ) -> Task:
     by_example, local = settings.privacy.by_example, settings.privacy.unit == "local"
     plan = plans[name] if by_example else None  # under example-level DP there is no task without a plan
@@ -157,6 +176,7 @@ def _task(
         clip=plan.clip if plan else 0.0,
         update_clip=clip if settings.privacy.by_client or local else 0.0,
         update_noise=plans[name].mechanism.noise_multiplier if local else 0.0,
+        largest=largest,
     )
 
 
@@ -171,6 +191,12 @@ def _tally(state: ServerState, roster: Mapping[str, Hello], settings: Settings, 
 def _weight(examples: int, settings: Settings) -> float:
     """What a client with so many examples weighs in the mean."""
     return float(examples) if settings.server.weighting == "examples" else 1.0
+
+
+def _largest(roster: Mapping[str, Hello], settings: Settings) -> int:
+    """Examples of the largest client, by which integers are weighed; 0: each weighs 1, or they travel as floats."""
+    alike = settings.server.weighting == "uniform" or settings.privacy.by_client
+    return 0 if alike or upload.bits(settings) is None else max(hello.examples for hello in roster.values())
 
 
 def _central(plans: Mapping[str, Plan], settings: Settings) -> cohort_noise.CohortNoise | BandedNoise:
@@ -202,10 +228,10 @@ def _too_few(chosen: select.Cohort, accepted: Mapping[str, int], settings: Setti
     return f"{len(accepted)} good replies, {least} are needed" if len(accepted) < least else None
 
 
-def _withhold(row: Row, state: ServerState, codec: codecs.Codec, expected: int) -> None:
+def _withhold(row: Row, traffic: tuple[int, int], expected: int) -> None:
     """What would tell who was drawn stays out of the row; bytes are those of the cohort expected."""
     row.update(cohort=[], replies=None, rejected=[], late=[], skipped=[], simulated_seconds=None)
-    row.update(bytes_up=expected * codec.bytes(len(state.weights)), bytes_down=expected * state.download)
+    row.update(bytes_up=expected * traffic[1], bytes_down=expected * traffic[0])
 
 
 def _new_row(state: ServerState, number: int, chosen: select.Cohort, tasks: Sequence[Task]) -> Row:
@@ -224,19 +250,25 @@ def _new_row(state: ServerState, number: int, chosen: select.Cohort, tasks: Sequ
     }
 
 
+def _ask(fleet: Fleet, row: Row, tasks: Sequence[Task]) -> Iterator[Reply]:
+    """The fleet's replies, their bytes counted; those of what the protocol that hides updates says, too."""
+    row["bytes_down"] += sum(len(task.protection.request) for task in tasks if task.protection)
+    for reply in fleet.ask(tasks):
+        row["bytes_up"] += len(reply.payload)
+        yield reply
+
+
 def _good(
     replies: Iterable[Reply],
+    read: Callable[[Task, Reply], Read],
     tasks: Sequence[Task],
     roster: Mapping[str, Hello],
-    settings: Settings,
-    codec: codecs.Codec,
     journal: Journal,
     row: Row,
     accepted: dict[str, int],
-) -> Iterator[combine.Contribution]:
-    """The replies that can be used, decoded; the others are named in `row`. Fills `accepted`: client -> steps taken."""
+) -> Iterator[Read]:
+    """The replies that can be used, read; the others are named in `row`. Fills `accepted`: client -> steps taken."""
     for task, reply in zip(tasks, replies, strict=True):
-        row["bytes_up"] += len(reply.payload)
         journal.heard(reply)
         try:
             if reply.late:
@@ -250,15 +282,26 @@ def _good(
                 raise ValueError(f"took {reply.steps} steps where 1 to {task.steps} were asked")
             if reply.examples != roster[task.client].examples:
                 raise ValueError(f"trained on {reply.examples} examples, had {roster[task.client].examples} at first")
-            update = codec.decode(reply.payload, len(task.weights))
-            if task.update_clip and not task.update_noise:  # noised by its client it is long, and may be
-                update, _ = cohort_noise.clipped(update, task.update_clip)
+            one = read(task, reply)
         except ValueError as error:
             row["rejected"].append({"name": task.client, "reason": str(error)})
             continue
         row["replies"] += 1
         accepted[task.client] = reply.steps
-        yield combine.Contribution(update, _weight(reply.examples, settings), reply.steps, reply.within)
+        yield one
+
+
+def _reader(settings: Settings) -> Callable[[Task, Reply], combine.Contribution]:
+    """How a reply whose update travelled as floats is read."""
+    codec = codecs.resolve(settings.codec)
+
+    def read(task: Task, reply: Reply) -> combine.Contribution:
+        update = codec.decode(reply.payload, len(task.weights))
+        if task.update_clip and not task.update_noise:  # noised by its client it is long, and may be
+            update, _ = cohort_noise.clipped(update, task.update_clip)
+        return combine.Contribution(update, _weight(reply.examples, settings), reply.steps, reply.within)
+
+    return read
 
 
 def _advance(

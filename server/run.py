@@ -1,11 +1,12 @@
 """The main job, top to bottom: rounds, references, pruning and recovery, export, report; each part resumes."""
 
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from clients import codecs
+from clients import upload
 from clients.device import profile
 from clients.task import Hello
 from clients.training import Node, digest
@@ -17,6 +18,8 @@ from scenarios.settings import Settings, knobs
 from scenarios.weights import Vector, layout, unflatten
 from server import accounts, budget, combine, edge, facts, pairs, report, select, signature, step
 from server.accounts import Accounts, Exhausted
+from server.gather import Gather, clear
+from server.masked import Masked
 from server.publish import publish
 from server.record import RunFolder, save_named
 from server.references import references
@@ -59,6 +62,8 @@ class Job:
     score: Callable[[ServerState], Score]
     stop: Callable[[], bool]
     runtime: str
+    gathered: Gather = clear
+    """How sums of integers are read, where updates are protected."""
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -143,12 +148,13 @@ def prepare(
         if start is None:
             folder.discard()
         raise
-    return Job(node, folder, fleet, roster, plans, tests, charged, committed, progress, score, stop, runtime)
+    gathered = _gathered(folder, roster, settings)
+    return Job(node, folder, fleet, roster, plans, tests, charged, committed, progress, score, stop, runtime, gathered)
 
 
 def check(scenario: Scenario, settings: Settings) -> None:
     """Refuse names and pairs of settings that cannot work, before anyone is asked."""
-    codecs.resolve(settings.codec)
+    upload.check(settings)
     combine.resolve(settings.server)
     step.resolve(settings.server)
     profile(settings.fleet.profile)
@@ -173,8 +179,26 @@ def enough(roster: Mapping[str, Hello], settings: Settings) -> None:
         raise Refused(
             f"rounds.minimum={settings.rounds.minimum} is more than the {drawn} clients a round asks: lower it"
         )
+    most = select.most_asked(len(roster), settings)
+    if upload.bits(settings) is not None and most > settings.protect.max_clients:
+        raise Refused(
+            f"a round may sum {most} clients, more than protect.max_clients={settings.protect.max_clients} leaves room "
+            f"for: set protect.max_clients={most}"
+        )
+    if settings.protect.mode != "none" and drawn < (least := select.least_summed(len(roster), settings)):
+        raise Refused(f"protect.minimum={least} is more than the {drawn} clients a round asks: the nearest is {drawn}")
     if drawn < (least := combine.least(settings.server)):
         raise Refused(f"server.combine={settings.server.combine} needs {least} replies, a round asks {drawn} clients")
+
+
+def _gathered(folder: RunFolder, roster: Mapping[str, Hello], settings: Settings) -> Gather:
+    """How sums are read; every start of the server is an attempt of its own at the rounds to come."""
+    if settings.protect.mode == "none":
+        return clear
+    before = folder.read_json("protect.json") or {"run": secrets.token_hex(16), "attempt": 0}
+    now = {**before, "attempt": before["attempt"] + 1}
+    folder.write_json("protect.json", now)
+    return Masked(now["run"], now["attempt"], select.least_summed(len(roster), settings))
 
 
 def _federate(job: Job, state: ServerState) -> ServerState:
@@ -188,7 +212,8 @@ def _federate(job: Job, state: ServerState) -> ServerState:
         return NOTHING if state.round % settings.evaluation.every else job.score(state)
 
     try:
-        for state, row in rounds(job.fleet, job.roster, job.plans, state, settings, job.accounts, score):  # noqa: B020
+        ran = rounds(job.fleet, job.roster, job.plans, state, settings, job.accounts, score, job.gathered)
+        for state, row in ran:
             job.progress.row(row)
             if job.stop():
                 raise Stopped(f"stopped after round {state.round}: `umbel resume {job.folder.path}` goes on")

@@ -76,6 +76,18 @@ class Privacy(Closed):
     not_covered: list[str]
 
 
+class Protect(Closed):
+    mode: Literal["none", "encrypted", "masked"]
+    trust: Literal["split", "shared"] | None
+    values: Count
+    bits: Count | None
+    range: Amount | None
+    rotated: bool | None
+    norm: Amount | None
+    max_clients: Count | None
+    upload_bytes_per_client: Count
+
+
 class Bytes(Closed):
     up: Count
     down: Count
@@ -140,6 +152,7 @@ class Report(Closed):
     final: Final
     reference: Reference
     privacy: Privacy
+    protect: Protect
     bytes: Bytes
     fleet: Fleet
     edge: Edge

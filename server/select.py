@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from clients import masking
 from clients.device import step_seconds, transfer_seconds
 from clients.task import Device, Hello
 from privacy import cohort_noise, fixed_size, matrix_noise
@@ -66,6 +67,19 @@ def cohort_size(clients: int, settings: Settings) -> int:
     if by_turns(settings):
         return clients // settings.privacy.bands
     return max(1, round(settings.rounds.fraction * clients))
+
+
+def most_asked(clients: int, settings: Settings) -> int:
+    """The most of `clients` that one round may ask: a coin for each may come out heads for all."""
+    if by_turns(settings):
+        return -(-clients // settings.privacy.bands)
+    by_coins = secret(settings) and settings.privacy.sampling == "poisson"
+    return clients if by_coins else cohort_size(clients, settings)
+
+
+def least_summed(clients: int, settings: Settings) -> int:
+    """Fewest clients whose sum may be read where updates are protected: protect.minimum, or half the cohort, but 3."""
+    return settings.protect.minimum or max(masking.LEAST, -(-cohort_size(clients, settings) // 2))
 
 
 def by_turns(settings: Settings) -> bool:

@@ -146,7 +146,9 @@ def _mechanism(unit: str, why: str | None, told: Told, report: Mapping[str, Any]
     multipliers = [plan.mechanism.noise_multiplier for plan in told.plans.values()]
     votes, schedule, adapts = None, "fixed", wanted.by_client and wanted.adapt
     moves = adapts and unit == "client"
-    reach = 2 if unit == "local" else 1  # the sensitivity of an update that may be any other, in clipping norms
+    reach = 2.0 if unit == "local" else 1.0  # the sensitivity of an update that may be any other, in clipping norms
+    if unit == "client" and report["protect"]["norm"] is not None:
+        reach = report["protect"]["norm"] / report["privacy"]["clip"]  # rounding to integers lengthens an update
     if adapts:
         plan = next(iter(told.plans.values()))
         first = (plan.whole or plan).mechanism

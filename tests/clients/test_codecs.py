@@ -14,7 +14,7 @@ from privacy.refused import Refused
 CODECS = {
     "float32": (lambda size: 4 * size, lambda x: np.zeros(len(x))),
     "float16": (lambda size: 2 * size, lambda x: np.maximum(np.abs(x) * 2.0**-11, 2.0**-25)),
-    "int8": (lambda size: size + 4 * -(-size // 512), lambda x: block_scales(x) * (1 + 1e-6)),
+    "qsgd8": (lambda size: size + 4 * -(-size // 512), lambda x: block_scales(x) * (1 + 1e-6)),
     "topk:0.1": (lambda size: 8 * -(-size // 10), lambda x: np.where(np.abs(x) > smallest_kept(x, 0.1), 0, np.abs(x))),
     "topk:1": (lambda size: 8 * size, lambda x: np.zeros(len(x))),
 }
@@ -22,7 +22,7 @@ battery = pytest.mark.parametrize("name", CODECS)
 
 
 def block_scales(x):
-    """The scale of each entry's block of 512 in int8: the largest magnitude / 127."""
+    """The scale of each entry's block of 512 in qsgd8: the largest magnitude / 127."""
     blocks = [x[k : k + 512] for k in range(0, len(x), 512)]
     return np.concatenate([np.full(len(b), np.nextafter(np.abs(b).max() / np.float32(127), np.inf)) for b in blocks])
 
@@ -272,7 +272,7 @@ def test_topk_values_that_are_not_finite_are_refused():
         codecs.resolve("topk:0.1").decode(payload, 20)
 
 
-# ---- int8 ----
+# ---- qsgd8 ----
 
 
 def sample_mean_error(codec, update, count=2000):
@@ -286,76 +286,76 @@ def sample_mean_error(codec, update, count=2000):
     return (total / count - update) / np.maximum(deviation, scale * 1e-3)
 
 
-def test_int8_is_unbiased_and_the_test_would_see_a_bias():
+def test_qsgd8_is_unbiased_and_the_test_would_see_a_bias():
     update = vector(200, seed=3)
-    assert np.abs(sample_mean_error(codecs.int8(), update)).max() < 5
+    assert np.abs(sample_mean_error(codecs.qsgd8(), update)).max() < 5
 
     def to_nearest(vector_, seed):
         scale = np.float32(np.abs(vector_).max() / 127)
         return scale.astype("<f4").tobytes() + np.round(vector_ / scale).astype(np.int8).tobytes()
 
-    biased = codecs.Codec("nearest", codecs.int8().bytes, to_nearest, codecs.int8().unpack)
+    biased = codecs.Codec("nearest", codecs.qsgd8().bytes, to_nearest, codecs.qsgd8().unpack)
     assert np.abs(sample_mean_error(biased, update, 200)).max() > 5
 
 
-def test_int8_rounds_by_the_seed():
-    codec, update = codecs.int8(), vector(2000)
+def test_qsgd8_rounds_by_the_seed():
+    codec, update = codecs.qsgd8(), vector(2000)
     one, again, other = (codec.encode(update, None, seed)[0] for seed in (1, 1, 2))
     assert one == again
     assert one != other
     assert one[:16] == other[:16]  # the scales of 4 blocks do not depend on it
 
 
-def test_int8_keeps_zeros_and_the_largest_entry_of_each_block():
+def test_qsgd8_keeps_zeros_and_the_largest_entry_of_each_block():
     update = np.zeros(1536, np.float32)
     update[5], update[600] = -3.3, 1e-20
     for seed in range(20):
-        decoded, _ = there_and_back("int8", update, seed=seed)
+        decoded, _ = there_and_back("qsgd8", update, seed=seed)
         np.testing.assert_allclose(decoded[[5, 600]], update[[5, 600]], rtol=1e-6)
         assert np.count_nonzero(decoded) == 2
 
 
-def test_int8_scales_are_never_rounded_down_which_would_cut_the_largest_entry():
+def test_qsgd8_scales_are_never_rounded_down_which_would_cut_the_largest_entry():
     for seed in range(30):
         update = vector(512, seed=seed)
-        (scale,) = np.frombuffer(codecs.int8().encode(update, None, 0)[0], "<f4", 1).astype(np.float64)
+        (scale,) = np.frombuffer(codecs.qsgd8().encode(update, None, 0)[0], "<f4", 1).astype(np.float64)
         largest = np.abs(update).max().astype(np.float64)
         assert largest * (1 - 1e-15) <= scale * 127 <= largest * (1 + 2e-7)
 
 
-def test_int8_keeps_the_largest_entry_at_the_last_draw_below_one(monkeypatch):
+def test_qsgd8_keeps_the_largest_entry_at_the_last_draw_below_one(monkeypatch):
     class Last:
         def random(self, size):
             return np.full(size, np.nextafter(1, 0))
 
     monkeypatch.setattr(np.random, "default_rng", lambda seed: Last())
     update = np.full(3, 127.0, np.float32)
-    assert (there_and_back("int8", update)[0] == update).all()
+    assert (there_and_back("qsgd8", update)[0] == update).all()
 
 
-def test_int8_gives_each_block_its_own_scale():
+def test_qsgd8_gives_each_block_its_own_scale():
     update = np.concatenate([vector(512, scale=1e3), vector(512, seed=1, scale=1e-3)])
-    decoded, _ = there_and_back("int8", update)
+    decoded, _ = there_and_back("qsgd8", update)
     small = slice(512, None)
     assert np.abs(decoded[small] - update[small]).max() < np.abs(update[small]).max() / 100
 
 
 @pytest.mark.parametrize("tiny", [1e-45, 1e-40, 1e-38])
-def test_int8_survives_the_smallest_numbers(tiny):
+def test_qsgd8_survives_the_smallest_numbers(tiny):
     update = np.full(3, tiny, np.float32)
-    assert np.abs(there_and_back("int8", update)[0] - update).max() <= max(1e-45, tiny / 100)
+    assert np.abs(there_and_back("qsgd8", update)[0] - update).max() <= max(1e-45, tiny / 100)
 
 
-def test_int8_refuses_what_its_scale_cannot_carry_and_names_the_way_out():
+def test_qsgd8_refuses_what_its_scale_cannot_carry_and_names_the_way_out():
     with pytest.raises(CodecError, match="use codec=float32"):
-        there_and_back("int8", np.full(3, np.finfo(np.float32).max))
+        there_and_back("qsgd8", np.full(3, np.finfo(np.float32).max))
 
 
 @pytest.mark.parametrize(("scale", "level"), [(np.nan, 1), (np.inf, 0), (-1.0, 1), (1.0, -128), (3e38, 100)], ids=str)
-def test_int8_scales_and_levels_that_no_encoder_makes_are_refused(scale, level):
+def test_qsgd8_scales_and_levels_that_no_encoder_makes_are_refused(scale, level):
     payload = np.array([scale], "<f4").tobytes() + np.array([level, 0], np.int8).tobytes()
-    with pytest.raises(CodecError, match=r"int8 payload must"):
-        codecs.int8().decode(payload, 2)
+    with pytest.raises(CodecError, match=r"qsgd8 payload must"):
+        codecs.qsgd8().decode(payload, 2)
 
 
 # ---- names ----
@@ -367,7 +367,7 @@ def test_int8_scales_and_levels_that_no_encoder_makes_are_refused(scale, level):
         ("float64", "choose float32, float16, topk:SHARE"),
         ("", "choose float32"),
         ("float32:2", "codec=float32"),
-        ("int8:", "codec=int8"),
+        ("qsgd8:", "codec=qsgd8"),
         ("topk", "topk:0.05"),
         ("topk:", "topk:0.05"),
         ("topk:five", "topk:0.05"),

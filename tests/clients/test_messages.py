@@ -47,6 +47,7 @@ def tasks(draw: st.DrawFn) -> Task:
         clip=draw(NUMBERS),
         update_clip=draw(NUMBERS),
         update_noise=draw(NUMBERS),
+        largest=draw(COUNTS),
         charge=draw(st.none() | CHARGES),
     )
 

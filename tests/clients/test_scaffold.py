@@ -20,7 +20,7 @@ from scenarios.settings import Settings, override
 from scenarios.weights import Vector, flatten, layout, load
 
 LOSS = nn.functional.cross_entropy
-CODECS = ["float32", "float16", "int8", "topk:0.3"]
+CODECS = ["float32", "float16", "qsgd8", "topk:0.3"]
 SIZE = 21
 
 

@@ -37,6 +37,7 @@ SMALL = (
 NOISE = {
     "with noise and control variates": "privacy.noise_seed=1 local.scaffold=true local.steps=3",
     "without": "privacy.unit=none",  # and with the residual of topk in the place of control variates
+    "integers": "privacy.unit=client privacy.epsilon=50 privacy.noise_seed=1 codec=int9",
 }
 
 

@@ -134,7 +134,7 @@ def test_a_client_that_did_not_move_counts_like_any_other(tmp_path: Path, adapt:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("codec", ["float32", "float16", "int8"])
+@pytest.mark.parametrize("codec", ["float32", "float16", "qsgd8"])
 def test_an_update_that_is_not_finite_costs_its_client_and_nobody_else(
     tmp_path: Path, value: float, codec: str
 ) -> None:
@@ -142,7 +142,7 @@ def test_an_update_that_is_not_finite_costs_its_client_and_nobody_else(
         if task.client != NAMES[0]:
             return reply
         raw = bytearray(reply.payload)
-        kind = {"float32": "<f4", "float16": "<f2", "int8": "<f4"}[codec]
+        kind = {"float32": "<f4", "float16": "<f2", "qsgd8": "<f4"}[codec]
         raw[: np.dtype(kind).itemsize] = np.array([value], kind).tobytes()
         return replace(reply, payload=bytes(raw))
 

@@ -164,3 +164,11 @@ def test_a_file_that_is_none_is_refused_in_one_line_with_its_path(text, hint, tm
         from_toml(path)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_section_with_a_mode_takes_it_by_its_own_name():
+    given_ = override(Settings(), "protect=masked protect.trust=shared")
+    assert (given_.protect.mode, given_.protect.trust) == ("masked", "shared")
+    assert override(given_, "protect.mode=none protect.trust=split") == Settings()
+    with pytest.raises(Refused, match=r"protect\.mode=secret"):
+        override(Settings(), "protect=secret")

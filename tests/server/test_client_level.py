@@ -180,7 +180,7 @@ def test_the_update_is_the_clipped_sum_with_noise_over_the_cohort_expected(tmp_p
     assert np.allclose(whole - noise, vectors.sum(0) / 30, atol=1e-6)
 
 
-@pytest.mark.parametrize("codec", ["float32", "float16", "int8", "topk:0.3"])
+@pytest.mark.parametrize("codec", ["float32", "float16", "qsgd8", "topk:0.3"])
 def test_whatever_one_client_sends_moves_the_weights_by_at_most_the_norm(tmp_path: Path, codec: str) -> None:
     size = len(start_weights())
 

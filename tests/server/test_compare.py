@@ -58,9 +58,9 @@ def test_a_spread_reads_well(spread, text, expected):
 
 
 def test_settings_that_differ_are_named_and_others_are_not(write_run, tmp_path):
-    runs = [write_run("a", change="codec=int8 local.rate=2"), write_run("b", change="codec=topk:0.1 local.rate=2")]
+    runs = [write_run("a", change="codec=qsgd8 local.rate=2"), write_run("b", change="codec=topk:0.1 local.rate=2")]
     text = printed(runs, tmp_path / "x.html")
-    assert "codec=int8" in text
+    assert "codec=qsgd8" in text
     assert "codec=topk:0.1" in text
     assert "local.rate" not in text
 

@@ -182,7 +182,7 @@ def test_the_server_takes_the_noised_updates_as_they_are_long_as_they_are(tmp_pa
 
 @pytest.mark.parametrize("text", ["server.combine=median", "server.combine=krum", "server.normalize=true"])
 def test_any_combiner_may_come_after_the_noise(tmp_path: Path, text: str) -> None:
-    found = run(tmp_path / "run", f"{text} rounds.number=1 export.recover_rounds=0 codec=int8")
+    found = run(tmp_path / "run", f"{text} rounds.number=1 export.recover_rounds=0 codec=qsgd8")
     assert found["privacy"]["guarantee"]
     assert all(client["steps"] == 1 for client in found["privacy"]["clients"])
 

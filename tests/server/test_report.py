@@ -158,7 +158,7 @@ def test_the_same_run_gives_the_same_bytes(write_run):
 
 
 def test_the_command_on_the_page_gives_the_same_settings_again(write_run):
-    nested = "reference.no_privacy_set='local.rate=2 codec=int8'"
+    nested = "reference.no_privacy_set='local.rate=2 codec=qsgd8'"
     folder = write_run(seed=7, change=f"privacy.epsilon=3 server.rate=0.5 export.recover_rounds=1 run.seed=7 {nested}")
     command = Page(report.write(folder)).text.split("How to reproduce it ")[1].split(" Seeds")[0]
     umbel, run, scenario, seed, number, change, text = shlex.split(command)

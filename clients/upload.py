@@ -1,0 +1,127 @@
+"""What a client sends of its update: through a codec of floats, or as quantized integers that are summed as they are.
+
+Integers in the clear (codec=intN, protect=none) and under protection are the same integers: `integers` makes them, and
+`grid` is public, so that client and server make the same one from the settings and the task.
+
+Legend: P is the number of entries of an update.
+"""
+
+import re
+
+import numpy as np
+
+from clients import codecs
+from clients.codecs import CodecError, Payload
+from clients.task import Task
+from privacy import packing
+from privacy.integers import FEWEST, MOST, Grid, Integers
+from privacy.refused import Refused
+from scenarios.seeds import derive
+from scenarios.settings import Settings, override
+from scenarios.weights import Vector
+
+_TAIL = 6
+"""Standard deviations of local noise that are inside the range: 2e-9 of the coordinates lie outside."""
+
+
+def bits(settings: Settings) -> int | None:
+    """Bits of one quantized value; None where updates travel through a codec of floats, which is no sum of integers.
+
+    Raises Refused for integers of no or too many bits, with the nearest possible.
+    """
+    if settings.protect.mode != "none":
+        return settings.protect.bits
+    match = re.fullmatch(r"int(\d{1,9})", settings.codec)
+    if match and not FEWEST <= (number := int(match[1])) <= MOST:
+        nearest = min(max(number, FEWEST), MOST)
+        raise Refused(f"codec={settings.codec}: integers have {FEWEST} to {MOST} bits, the nearest is int{nearest}")
+    return int(match[1]) if match else None
+
+
+def in_the_clear(settings: Settings) -> Settings:
+    """The same integers, summed without protection: for trials on one machine, which has nobody to hide from."""
+    if settings.protect.mode == "none":
+        return settings
+    return override(settings, f"protect=none codec=int{settings.protect.bits}")
+
+
+def check(settings: Settings) -> None:
+    """Raises Refused for a codec that does not exist."""
+    if bits(settings) is None:
+        codecs.resolve(settings.codec)
+
+
+def grid(settings: Settings, size: int, number: int, clip: float, noise: float) -> Grid | None:
+    """The grid of round `number` for updates (P,); None where they travel as floats.
+
+    clip, noise: `update_clip` and `update_noise` of the round's tasks. An update that its client noised is as long as
+    its noise made it: no norm is held, and the range leaves room for the noise.
+    """
+    wide, wanted = bits(settings), settings.protect
+    if wide is None:
+        return None
+    if wanted.range is not None:
+        return Grid(size, wide, wanted.range, wanted.max_clients, 0.0 if noise else clip)
+    if noise:
+        return Grid(size, wide, clip * (1 + _TAIL * 2 * noise), wanted.max_clients)
+    seed = derive(settings.run.seed, "rotation", number)
+    return Grid.default(size, wide, wanted.max_clients, clip, seed)
+
+
+def grid_of(task: Task, settings: Settings) -> Grid | None:
+    """`grid` of the round of `task`."""
+    return grid(settings, len(task.weights), task.round, task.update_clip, task.update_noise)
+
+
+def weight(task: Task, examples: int) -> float:
+    """What a client of so many examples weighs in a sum of integers, in (0, 1]. Raises Refused for a largest below."""
+    if examples > task.largest > 0:
+        raise Refused(f"the task says that no client has more than {task.largest} examples, this one has more")
+    return examples / task.largest if task.largest else 1.0
+
+
+def size(settings: Settings, entries: int) -> int:
+    """Bytes that one client sends of an update of `entries` entries, in the clear."""
+    wide = bits(settings)
+    return codecs.resolve(settings.codec).bytes(entries) if wide is None else packing.size(entries + 2, wide)
+
+
+def integers(update: Vector, within: bool, examples: int, task: Task, settings: Settings, grid: Grid) -> Integers:
+    """The entries (P + 2,) of what one client adds to the sum. Raises CodecError for an update that is not finite."""
+    seed = derive(settings.run.seed, "codec", task.round, task.client)
+    try:
+        return grid.quantize(update, weight(task, examples), within, seed)
+    except ValueError as error:
+        raise CodecError(str(error)) from None
+
+
+def encode(
+    update: Vector, residual: Vector | None, within: bool, examples: int, task: Task, settings: Settings
+) -> tuple[Payload, Vector | None]:
+    """(the payload for update (P,), in the clear; the next residual, where the codec keeps one)."""
+    if (made := grid_of(task, settings)) is not None:
+        return packing.pack(integers(update, within, examples, task, settings, made), made.bits), None
+    seed = derive(settings.run.seed, "codec", task.round, task.client)
+    return codecs.resolve(settings.codec).encode(update, residual, seed)
+
+
+def unpack(payload: Payload, expected: float, grid: Grid) -> Integers:
+    """The entries (P + 2,) of one client's payload, checked; raises ValueError for what no honest client sends.
+
+    expected: the client's `weight`, as it follows from the examples that it said it has.
+    """
+    entries = packing.unpack(payload, grid.entries, grid.bits)
+    grid.check(entries)
+    if int(entries[-2]) != grid.weigh(expected):
+        raise ValueError(f"a weight of {entries[-2]}, its examples make {grid.weigh(expected)}")
+    return entries
+
+
+def decode(payload: Payload, task: Task, settings: Settings) -> Vector:
+    """The update (P,) that a server reads off one payload in the clear; raises ValueError for bytes that are none."""
+    if (made := grid_of(task, settings)) is None:
+        return codecs.resolve(settings.codec).decode(payload, len(task.weights))
+    entries = packing.unpack(payload, made.entries, made.bits)
+    made.check(entries)
+    total, weighed, _ = made.read(entries, 1)
+    return (total / weighed).astype(np.float32)

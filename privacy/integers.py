@@ -1,0 +1,240 @@
+"""Quantized integers: what protected aggregation sums; the client's half and the server's in one file.
+
+A client's P values become integers k of one public, symmetric grid, -top to top, in steps of limit / top; sums of
+integers are exact, so whoever adds them, in the clear, under masks or under encryption, reads the same. Two entries
+follow the values: the client's weight, and whether its update was within the clipping norm.
+
+Guarantee: whatever an update is and however its rounding falls, the values that `Grid.quantize` makes of it are at most
+`Grid.norm` long in L2, and the sum of any `clients` results carries over in no entry.
+
+**Proof of the norm.** Values outside +-limit are clamped, so no vector is longer than limit sqrt(P). One of length C
+that moves by less than a step in each coordinate is at most C + step sqrt(P) long. Stochastic rounding stays, but for a
+chance of beta, below the third bound (Kairouz, Liu and Steinke 2021, Algorithm 1 and section 4): what does not is
+rounded again, at last towards zero, which lengthens nothing. `norm` is the least of the three.
+
+**Proof of the width.** An entry is at most 2^bits - 1, so a sum of n is below n 2^bits <= 2^(bits + ceil(log2 n)).
+
+Legend: P values of an update, s the step, C the clipping norm.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.fft import dct, idct, prev_fast_len
+
+from privacy.refused import Refused
+
+Integers = NDArray[np.uint64]
+Floats = NDArray[np.float64]
+
+FEWEST, MOST = 2, 24
+"""Bits of one value: below there is no grid with both signs, above float32 has no more digits to give."""
+WIDEST = 63
+"""Bits of one sum: it is read back as a signed 64-bit integer."""
+_BETA = 1e-6
+"""Chance of a rounding that has to be done again: the bias of conditional rounding is of its order."""
+_AGAIN = 3
+_WORTH = 1.04
+"""The most that rounding on the range +-C may add to the norm; where it adds more, coordinates are rotated."""
+_SPREAD = 4
+"""Range after a rotation, in units of C / sqrt(P): four standard deviations of a coordinate."""
+_SLACK = 1 + 1e-9
+"""For the last digits of the sums of squares in float64."""
+
+
+def width(bits: int, clients: int, widest: int = WIDEST, setting: str = "protect.bits") -> int:
+    """Bits of a sum over `clients` entries of `bits` bits, at most `widest`: no such sum carries.
+
+    Raises Refused for what is impossible, with the nearest that is possible.
+    """
+    if not FEWEST <= bits <= MOST:
+        raise Refused(f"{setting}={bits} has no grid: the nearest is {min(max(bits, FEWEST), MOST)}")
+    if clients < 1:
+        raise Refused(f"protect.max_clients={clients} sums nothing: the nearest is 1")
+    needed = bits + (clients - 1).bit_length()
+    if needed > widest:
+        narrower = widest - (clients - 1).bit_length()
+        ways = [f"protect.max_clients={2 ** (widest - bits)}"] if widest >= bits else []
+        ways += [f"{setting}={narrower}"] if narrower >= FEWEST else []
+        raise Refused(
+            f"sums of {clients} clients at {setting}={bits} need {needed} bits, there are {widest}: the nearest is "
+            + " or ".join(ways)
+        )
+    return needed
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One round's grid: all of it is public, and the same for every client."""
+
+    size: int
+    """P."""
+    bits: int
+    """Of one entry of one client."""
+    limit: float
+    """The range: a value is from -limit to limit."""
+    clients: int
+    """How many may be summed."""
+    clip: float = 0.0
+    """C, L2 norm of an update before rounding; 0: none, and values are bounded by the range alone."""
+    rotation: int | None = None
+    """Seed of the rotation before rounding, of (run, round); None: coordinates stay as they are."""
+
+    def __post_init__(self) -> None:
+        width(self.bits, self.clients)
+        if not 0 < self.limit < math.inf or not 0 <= self.clip < math.inf or self.size < 1:
+            raise ValueError(f"no grid: {self}")
+
+    @classmethod
+    def default(cls, size: int, bits: int, clients: int, clip: float, seed: int) -> "Grid":
+        """The grid where no range is set.
+
+        Range +-C where rounding adds at most 4 % to the norm; else, at few bits, +-4 C / sqrt(P) after a rotation by
+        `seed`, which spreads every update over all coordinates alike. Without a clipping norm nothing says how long an
+        update is, so no range could be made for rotated coordinates: it is +-1, above what a weight moves in a round
+        of any training that does not diverge.
+        """
+        if not clip:
+            return cls(size, bits, 1.0, clients)
+        plain = cls(size, bits, clip, clients, clip)
+        if plain.norm <= _WORTH * clip or size <= _SPREAD**2:
+            return plain
+        return cls(size, bits, _SPREAD * clip / math.sqrt(size), clients, clip, seed)
+
+    @property
+    def entries(self) -> int:
+        """P values, the weight, the clip bit."""
+        return self.size + 2
+
+    @property
+    def width(self) -> int:
+        """Bits of an entry of a sum."""
+        return width(self.bits, self.clients)
+
+    @property
+    def top(self) -> int:
+        """The largest k; a value travels as k + top, 0 to 2 top, since signed fields would borrow from neighbours."""
+        return int(2 ** (self.bits - 1) - 1)
+
+    @property
+    def heaviest(self) -> int:
+        """The weight entry of a weight of 1."""
+        return int(2**self.bits - 1)
+
+    @property
+    def step(self) -> float:
+        return self.limit / self.top
+
+    @property
+    def norm(self) -> float:
+        """L2 bound of the values of any result of `quantize`: the sensitivity of their sum to one client."""
+        return self._bound * _SLACK
+
+    @property
+    def _bound(self) -> float:
+        clamped, clip, step, root = self.limit * math.sqrt(self.size), self.clip, self.step, math.sqrt(self.size)
+        if not clip:
+            return clamped
+        likely = clip**2 + (step * root / 2) ** 2 + math.sqrt(-2 * math.log(_BETA)) * step * (clip + step * root / 2)
+        return min(clamped, clip + step * root, math.sqrt(likely))
+
+    def weigh(self, weight: float) -> int:
+        """The weight entry of a weight in (0, 1]: at least 1, so that no client is lost."""
+        if not 0 < weight <= 1:
+            raise ValueError(f"a weight of {weight}, not above 0 and at most 1")
+        return max(1, round(weight * self.heaviest))
+
+    def quantize(self, update: NDArray[np.float32], weight: float, within: bool, seed: int) -> Integers:
+        """The entries (P + 2,) of one client: its update (P,) times its weight, rounded without bias by `seed`.
+
+        The values are scaled by the weight *as its entry says it*, so that a sum of values over the sum of weights is
+        the exact weighted mean. Clamping, and no more than a chance of 1e-6 of a second rounding, is what may bias.
+        Raises ValueError for an update that is not finite or of another size, and for a weight outside (0, 1].
+        """
+        if update.shape != (self.size,):
+            raise ValueError(f"an update of shape {update.shape} for a grid of {self.size} values")
+        if not np.isfinite(update).all():
+            raise ValueError("an update that is not finite (NaN or infinity) has no place on a grid")
+        heavy = self.weigh(weight)
+        values = update.astype(np.float64)
+        if self.clip and (length := float(np.linalg.norm(values))) > self.clip:
+            values *= self.clip / length
+        if self.rotation is not None:
+            values = rotated(values, self.rotation)
+        exact = np.clip(values * (heavy / self.heaviest / self.step), -self.top, self.top)
+        entries = np.empty(self.entries, np.uint64)
+        entries[:-2] = (self._rounded(exact, np.random.default_rng(seed)) + self.top).astype(np.uint64)
+        entries[-2:] = heavy, within
+        return entries
+
+    def check(self, entries: Integers) -> None:
+        """Raises ValueError, with the reason, for (P + 2,) integers that `quantize` cannot have made."""
+        if entries.shape != (self.entries,) or entries.dtype != np.uint64:
+            raise ValueError(f"{entries.dtype} {entries.shape} for a grid of {self.entries} entries")
+        if entries[:-2].max() > 2 * self.top:
+            raise ValueError(f"a value of {entries[:-2].max()}, above {2 * self.top}")
+        if not 1 <= entries[-2] <= self.heaviest or entries[-1] > 1:
+            raise ValueError(f"a weight of {entries[-2]} and a clip bit of {entries[-1]} are none")
+        if self.clip and not self._short(entries[:-2].astype(np.float64) - self.top):
+            raise ValueError(f"an update that is longer than {self.norm:.6g}, the norm after rounding")
+
+    def read(self, total: Integers, count: int) -> tuple[Floats, float, float]:
+        """(sum of the weighted updates (P,), sum of the weights, votes) of the sum (P + 2,) over `count` clients.
+
+        votes: +1/2 for every client within the norm, -1/2 for every other. Raises ValueError for what no sum of `count`
+        results of `quantize` can be.
+        """
+        if not 1 <= count <= self.clients:
+            raise ValueError(f"a sum over {count} clients, 1 to {self.clients} can be summed")
+        if total.shape != (self.entries,) or total.dtype != np.uint64:
+            raise ValueError(f"{total.dtype} {total.shape} for a sum of {self.entries} entries")
+        values, weight, within = total[:-2], int(total[-2]), int(total[-1])
+        if values.max() > 2 * self.top * count or not count <= weight <= self.heaviest * count or within > count:
+            raise ValueError(f"entries that no {count} clients add up to")
+        summed = (values.astype(np.int64) - count * self.top).astype(np.float64) * self.step
+        if self.rotation is not None:
+            summed = unrotated(summed, self.rotation)
+        return summed, weight / self.heaviest, within - count / 2
+
+    def _rounded(self, exact: Floats, random: np.random.Generator) -> Floats:
+        """`exact` (P,), in steps, to whole steps; at most the norm long."""
+        for _ in range(_AGAIN):
+            # top + u is top + 1 in float64 for the last few u below 1
+            steps = np.minimum(np.floor(exact + random.random(self.size)), self.top)
+            if not self.clip or self._short(steps):
+                return steps
+        return np.trunc(exact)
+
+    def _short(self, steps: Floats) -> bool:
+        return float(np.linalg.norm(steps)) * self.step <= self._bound * (1 + 1e-12)
+
+
+def rotated(values: Floats, seed: int) -> Floats:
+    """values (P,) after an orthonormal map that is drawn by `seed`: twice random signs and a discrete cosine transform.
+
+    Every result is a sum over all values with random signs and factors of at most about sqrt(2 / P), so sub-Gaussian:
+    about as long as any other, whatever the vector (Suresh et al. 2017, section 3, with another transform). A Hadamard
+    transform would pad to a power of two, and each number of padding would travel. A cosine transform takes any P, but
+    8 times as long where P has a large prime factor: so one turns the first m values, m the largest fast length up to
+    P, the other the last m. The second also breaks up what is smooth after the first.
+    """
+    turned = values.copy()
+    for part, signs in _turns(len(values), seed):
+        turned[part] = dct(turned[part] * signs, type=2, norm="ortho")
+    return turned
+
+
+def unrotated(values: Floats, seed: int) -> Floats:
+    """The inverse of `rotated`."""
+    turned = values.copy()
+    for part, signs in reversed(_turns(len(values), seed)):
+        turned[part] = idct(turned[part], type=2, norm="ortho") * signs
+    return turned
+
+
+def _turns(size: int, seed: int) -> list[tuple[slice, Floats]]:
+    fast, random = int(prev_fast_len(size, real=True)), np.random.default_rng(seed)
+    parts = slice(0, fast), slice(size - fast, size)
+    return [(part, random.integers(0, 2, fast, np.int8) * 2.0 - 1) for part in parts]

@@ -1,0 +1,86 @@
+"""How a round comes to the sum of its updates: from floats read one by one, or from integers summed as they come.
+
+A way of protecting updates is one more function of the kind `Gather` (server/masked.py); `server.run` chooses.
+
+Legend: P is the number of entries of an update.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from clients import upload
+from clients.task import Hello, Reply, Task
+from privacy.integers import Grid, Integers
+from privacy.plan import Plan
+from scenarios.settings import Settings
+from server.combine import Summed
+
+Read = TypeVar("Read")
+
+
+class Ask(Protocol):
+    """`Fleet.ask`: one reply a task, in the tasks' order."""
+
+    def __call__(self, tasks: Sequence[Task]) -> Iterator[Reply]: ...
+
+
+class Good(Protocol):
+    """What of replies, in the order of the round's tasks, can be used; the others are named in the round's row."""
+
+    def __call__(self, replies: Iterable[Reply], read: Callable[[Task, Reply], Read]) -> Iterator[Read]:
+        """What `read` makes of each good reply; its ValueError costs that client its update, and nothing else."""
+
+
+Gather = Callable[[Ask, Sequence[Task], Grid, Good, Mapping[str, Hello]], Summed]
+"""(ask, the round's tasks, its grid, what is a good reply, who is there) -> the sum over the good ones.
+
+One accumulator of P + 2 integers, whatever the number of clients.
+"""
+
+
+def clear(ask: Ask, tasks: Sequence[Task], grid: Grid, good: Good, roster: Mapping[str, Hello]) -> Summed:
+    """Integers that the server reads: what masked and encrypted sums are held against."""
+
+    def read(task: Task, reply: Reply) -> Integers:
+        return upload.unpack(reply.payload, upload.weight(task, reply.examples), grid)
+
+    total, count = np.zeros(grid.entries, np.uint64), 0
+    for entries in good(ask(tasks), read):
+        total += entries
+        count += 1
+    return summed(total, count, grid)
+
+
+def summed(total: Integers, count: int, grid: Grid) -> Summed:
+    """What the sum (P + 2,) of the entries of `count` clients says. Raises ValueError for what can be no such sum."""
+    if not count:
+        return Summed(np.zeros(grid.size), 0.0, 0.0)
+    return Summed(*grid.read(total, count))
+
+
+def grid(settings: Settings, plans: Mapping[str, Plan], size: int, number: int, clip: float) -> Grid | None:
+    """The grid that every task of round `number` makes for updates (P,); None where they travel as floats.
+
+    clip: of the round's updates, where they are clipped.
+    """
+    wanted = settings.privacy
+    noise = next(iter(plans.values())).mechanism.noise_multiplier if wanted.unit == "local" else 0.0  # all share it
+    return upload.grid(settings, size, number, clip if wanted.by_client or wanted.unit == "local" else 0.0, noise)
+
+
+def told(settings: Settings, size: int, grid: Grid | None) -> dict[str, Any]:
+    """What the report says of how updates (P,) travel."""
+    mode = settings.protect.mode
+    return {
+        "mode": mode,
+        "trust": settings.protect.trust if mode == "encrypted" else None,
+        "values": size,
+        "bits": grid.bits if grid else None,
+        "range": grid.limit if grid else None,
+        "rotated": grid.rotation is not None if grid else None,
+        "norm": grid.norm if grid and grid.clip else None,
+        "max_clients": grid.clients if grid else None,
+        "upload_bytes_per_client": upload.size(settings, size),
+    }

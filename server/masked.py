@@ -1,0 +1,100 @@
+"""A round's sum under pairwise masks: the stages of privacy/masks.py as tasks of a fleet."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from clients import upload
+from clients.masking import view
+from clients.task import Hello, Protection, Reply, Task
+from privacy import masks
+from privacy.dealing import Lost
+from privacy.frames import Attempt, Rules, Stage, run_id
+from privacy.integers import Grid
+from server.combine import Summed
+from server.gather import Ask, Good, summed
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A `Gather`: the server reads one sum over all who sent a vector, and nothing of any one of them."""
+
+    run: str
+    """The run's name in the protocol."""
+    attempt: int
+    """Grows with each start of the server, so that no round is tried twice under one number."""
+    minimum: int
+    """Fewest clients whose sum may be read."""
+
+    def __call__(self, ask: Ask, tasks: Sequence[Task], grid: Grid, good: Good, roster: Mapping[str, Hello]) -> Summed:
+        """With a reason where too few came to the end, or what they sent is no sum of what they were to send."""
+        try:
+            return self._sum(ask, tasks, grid, good, roster)
+        except Lost as error:
+            return Summed(np.zeros(grid.size), 0.0, 0.0, f"no masked sum: {error}")
+
+    def _sum(self, ask: Ask, tasks: Sequence[Task], grid: Grid, good: Good, roster: Mapping[str, Hello]) -> Summed:
+        gone: dict[str, str] = {}
+        """Who fell out before it was its turn to send a vector, and why."""
+        requests: Mapping[str, bytes] = {}
+        lost = None
+        try:
+            if len(tasks) < self.minimum:
+                raise Lost(f"{len(tasks)} clients were asked, {self.minimum} are the least of a masked sum")
+            rules = Rules(grid.entries, grid.width, self.minimum)
+            seen = view(tasks[0], grid)
+            attempt = Attempt(run_id(self.run, rules), tasks[0].round, self.attempt, seen)
+            identities = {task.client: bytes.fromhex(roster[task.client].identity) for task in tasks}
+            server = masks.Server(attempt, rules, identities, list(identities))
+            while (requests := server.ask()) and server.stage is not Stage.MASK:
+                gone |= self._stage(server, ask, tasks, requests, grid)
+        except Lost as error:
+            requests, lost = {}, error
+
+        def vectors() -> Iterator[Reply]:
+            answers = iter(ask([self._asked(task, requests, grid) for task in tasks if task.client in requests]))
+            for task in tasks:
+                why = gone.get(task.client) or str(lost or "it shared keys with too few others")
+                yield next(answers) if task.client in requests else Reply(task.round, task.client, reason=why[:200])
+
+        def hear(task: Task, reply: Reply) -> Task:
+            server.hear(task.client, reply.payload)
+            return task
+
+        sent = list(good(vectors(), hear))
+        if lost:
+            raise lost
+        while requests := server.ask():
+            self._stage(server, ask, tasks, requests, grid)
+        found = server.result().values
+        said = sum(grid.weigh(upload.weight(task, roster[task.client].examples)) for task in sent)
+        if int(found[-2]) != said:
+            raise Lost(f"weights add up to {found[-2]}, those of the {len(sent)} clients to {said}: one of them lied")
+        try:
+            return summed(found, len(sent), grid)
+        except ValueError as error:
+            raise Lost(f"{error}: one of them lied") from None
+
+    def _stage(
+        self, server: masks.Server, ask: Ask, tasks: Sequence[Task], requests: Mapping[str, bytes], grid: Grid
+    ) -> dict[str, str]:
+        """Send a stage's requests and hear the answers; who gave none, or a bad one, and why."""
+        bare = [
+            replace(task, kind="protect", weights=np.empty(0, np.float32), layout=(), control=None, charge=None)
+            for task in tasks
+            if task.client in requests
+        ]
+        failed = {}
+        for task, reply in zip(bare, ask([self._asked(task, requests, grid) for task in bare]), strict=True):
+            try:
+                if reply.reason:
+                    raise ValueError(reply.reason)
+                server.hear(task.client, reply.payload)
+            except ValueError as error:
+                failed[task.client] = str(error)
+        return failed
+
+    def _asked(self, task: Task, requests: Mapping[str, bytes], grid: Grid) -> Task:
+        said = Protection(self.run, grid.entries, self.minimum, requests[task.client])
+        return replace(task, protection=said)

@@ -1,0 +1,108 @@
+"""A fleet of clients that mask their vectors, in this process, and a server that may lose or change messages."""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from privacy import frames, neighbours
+from privacy.frames import Attempt, Rules, Stage
+from privacy.masks import Client, Server, Sum
+from privacy.packing import Integers
+from privacy.transcript import Store
+
+
+@dataclass
+class Memory:
+    """A store without a disk."""
+
+    records: dict[str, bytes] = field(default_factory=dict)
+
+    def lock(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def get(self, key: str) -> bytes | None:
+        return self.records.get(key)
+
+    def put(self, key: str, value: bytes) -> None:
+        self.records[key] = value
+
+    def erase(self, key: str) -> None:
+        self.records.pop(key, None)
+
+
+class Fleet:
+    """Clients named a, b, c … with vectors of their own."""
+
+    def __init__(
+        self,
+        count: int,
+        entries: int = 7,
+        width: int = 12,
+        minimum: int = 2,
+        failure: Fraction = Fraction(1, 1000),
+        store: Callable[[str], Store] = lambda name: Memory(),
+    ) -> None:
+        self.rules = Rules(entries, width, minimum, failure=failure)
+        self.names = [chr(ord("a") + i) for i in range(count)]
+        self.identities = {name: Ed25519PrivateKey.generate() for name in self.names}
+        self.known = {name: key.public_key().public_bytes_raw() for name, key in self.identities.items()}
+        self.stores = {name: store(name) for name in self.names}
+        draw = np.random.default_rng(count + entries + width)
+        self.vectors = {name: draw.integers(0, 2**width - 1, entries, np.uint64, endpoint=True) for name in self.names}
+
+    def client(self, name: str) -> Client:
+        return Client(name, self.identities[name], self.known, "run", self.rules, self.stores[name])
+
+    def answer(self, name: str, request: bytes) -> bytes:
+        return self.client(name).answer(request, self.vectors[name])
+
+    def attempt(self, number: int = 1, of: int = 1) -> Attempt:
+        return Attempt(frames.run_id("run", self.rules), of, number)
+
+    def server(self, number: int = 1, of: int = 1) -> Server:
+        return Server(self.attempt(number, of), self.rules, self.known, self.names)
+
+    def until(self, server: Server, stage: Stage, absent: Mapping[str, Stage] | None = None) -> dict[str, bytes]:
+        """Go on to the requests of `stage`, which nobody has answered yet. absent: who is gone, from which stage on."""
+        gone = absent or {}
+        while requests := server.ask():
+            if server.stage is stage:
+                return requests
+            for name, request in requests.items():
+                if name not in gone or server.stage is None or server.stage < gone[name]:
+                    server.hear(name, self.answer(name, request))
+        raise AssertionError(f"no {stage.name}")
+
+    def finish(self, server: Server, requests: Mapping[str, bytes], gone: Collection[str] = ()) -> Sum:
+        """Answer these requests and all that follow."""
+        while requests:
+            for name, request in requests.items():
+                if name not in gone:
+                    server.hear(name, self.answer(name, request))
+            requests = server.ask()
+        return server.result()
+
+    def total(self, names: Collection[str]) -> Integers:
+        """The slow truth: Python's own integers."""
+        columns = zip(*(self.vectors[name].tolist() for name in names), strict=True)
+        return np.array([sum(column) % 2**self.rules.width for column in columns], np.uint64)
+
+
+@pytest.fixture(scope="session")
+def fleets() -> type[Fleet]:
+    return Fleet
+
+
+@pytest.fixture
+def drawn_graphs() -> Iterator[None]:
+    """Graphs for a dozen clients, too, whose neighbours would else be all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbours, "_ALL", 0)
+        neighbours.degree.cache_clear()
+        yield
+    neighbours.degree.cache_clear()
