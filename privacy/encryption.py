@@ -1,0 +1,238 @@
+"""BFV through TenSEAL's binding of SEAL, the only door to tenseal: client half, server half and key holder's half.
+
+SEAL's own reader crashes on crafted bytes, so it is shown none: on the wire a ciphertext is its coefficients, 60 bits
+each (privacy/packing.py), and what SEAL reads is built here around numbers that were checked. In `split` that is both
+polynomials, in `shared` the first one and the seed of the second. Adding them is addition mod q, which numpy does.
+
+SEAL's binding holds the GIL: each call here is for one ciphertext, about a millisecond, so that other threads run.
+
+Legend: K ciphertexts of N = 4096 coefficients below the data prime q.
+"""
+
+import os
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import numpy as np
+import tenseal.sealapi as seal
+
+from privacy import packing
+from privacy.bfv import COEFFICIENT_BITS, DEGREE, Integers, Parameters
+
+_POLYNOMIAL = DEGREE * COEFFICIENT_BITS // 8
+SEED = 64
+_HEADER = struct.Struct("<HBBBBHQ")  # magic, size of this, version (2), compression, reserved, bytes in all
+_ARRAY = struct.Struct("<Q")
+_PREFIX = struct.Struct("<32sBQQQdQ")  # parms_id, NTT form, polynomials, N, primes, scale, correction factor
+_RAW, _ZSTD, _BLAKE2XB = 0, 2, b"\1"
+_ATTEMPTS = 8
+_COMPRESSED = "SEAL compressed random numbers: use the version of tenseal in constraints.txt"
+
+
+class Unreadable(ValueError):
+    """Ciphertexts that nobody can have encrypted. The message says why."""
+
+
+def size(parameters: Parameters) -> int:
+    """Bytes of one ciphertext of a client on the wire."""
+    return _POLYNOMIAL + (SEED if parameters.trust == "shared" else _POLYNOMIAL)
+
+
+# ---- Key holder: keys ----
+
+
+def keys(parameters: Parameters) -> tuple[bytes, bytes]:
+    """(public key, secret key), in SEAL's form. Read again by those alone who have them from the key holder."""
+    generator = seal.KeyGenerator(_context(parameters))
+    public = seal.PublicKey()
+    generator.create_public_key(public)
+    return _saved(public), _saved(generator.secret_key())
+
+
+# ---- Client ----
+
+
+class Encryptor:
+    """The client's half. `key` is the public key in `split`, the secret key in `shared`, signed by the key holder."""
+
+    def __init__(self, parameters: Parameters, key: bytes) -> None:
+        context = _context(parameters)
+        self._shared = parameters.trust == "shared"
+        kind = seal.SecretKey if self._shared else seal.PublicKey
+        self._encryptor = seal.Encryptor(context, _loaded(kind, context, key))
+        self._encoder = seal.BatchEncoder(context)
+
+    def encrypt(self, slots: Integers) -> bytes:
+        """slots (K, N), tags in them -> K ciphertexts of `size` bytes."""
+        return b"".join(map(self._one, slots))
+
+    def _one(self, slots: Integers) -> bytes:
+        plain = seal.Plaintext()
+        self._encoder.encode(slots.tolist(), plain)
+        for _ in range(_ATTEMPTS):
+            content = _uncompressed(_saved(self._encrypted(plain)))
+            if content is not None:
+                break
+        else:
+            raise RuntimeError(_COMPRESSED)
+        start = _PREFIX.size + _HEADER.size + _ARRAY.size
+        coefficients = np.frombuffer(content, "<u8", DEGREE * (1 if self._shared else 2), start)
+        return packing.pack(coefficients, COEFFICIENT_BITS) + (content[-SEED:] if self._shared else b"")
+
+    def _encrypted(self, plain: Any) -> Any:
+        if self._shared:
+            return self._encryptor.encrypt_symmetric(plain)
+        ciphertext = seal.Ciphertext()
+        self._encryptor.encrypt(plain, ciphertext)
+        return ciphertext
+
+
+# ---- Server ----
+
+
+def polynomial(data: bytes | memoryview, parameters: Parameters) -> Integers:
+    """(N,) coefficients of one polynomial on the wire. Raises Unreadable where one is not below q."""
+    coefficients = packing.unpack(bytes(data), DEGREE, COEFFICIENT_BITS)
+    if int(coefficients.max()) >= parameters.data_prime:
+        raise Unreadable("a coefficient is not below the data prime")
+    return coefficients
+
+
+def add(total: Integers, other: Integers, parameters: Parameters) -> None:
+    """total += other mod q, in place; both (N,), below q, which is below 2^60."""
+    total += other
+    np.subtract(total, np.uint64(parameters.data_prime), out=total, where=total >= parameters.data_prime)
+
+
+class Expander:
+    """The second polynomials of `shared` from their seeds, by SEAL: what the server's worker process does."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        self._form = _Form(_context(parameters))
+        filler = np.random.default_rng(0).integers(0, parameters.data_prime, DEGREE, np.uint64)
+        self._first = self._form.part(_ARRAY.pack(DEGREE) + filler.astype("<u8").tobytes())
+
+    def expand(self, seed: bytes) -> Integers:
+        """seed: `SEED` bytes, any. Returns (N,)."""
+        if len(seed) != SEED:
+            raise Unreadable(f"a seed of {len(seed)} bytes")
+        content = _uncompressed(_saved(self._form.ciphertext(self._first + self._form.part(_BLAKE2XB + seed))))
+        if content is None:
+            raise RuntimeError(_COMPRESSED)
+        return np.frombuffer(content, "<u8", DEGREE, len(content) - 8 * DEGREE).astype(np.uint64)
+
+
+# ---- Key holder: opening ----
+
+
+class Decryptor:
+    """Whoever holds the secret key. What it returns is for the key holder's checks alone, never for the server."""
+
+    def __init__(self, parameters: Parameters, secret: bytes) -> None:
+        context = _context(parameters)
+        self._form = _Form(context)
+        self._prime = parameters.data_prime
+        self._decryptor = seal.Decryptor(context, _loaded(seal.SecretKey, context, secret))
+        self._encoder = seal.BatchEncoder(context)
+
+    def decrypt(self, polynomials: Integers) -> Integers:
+        """polynomials (2, N), each coefficient below q -> slots (N,)."""
+        plain = seal.Plaintext()
+        self._decryptor.decrypt(self._read(polynomials), plain)
+        return np.array(self._encoder.decode_uint64(plain), np.uint64)
+
+    def budget(self, polynomials: Integers) -> int:
+        """Bits of noise budget that SEAL sees, for tests of the bound that is proven in privacy/bfv.py."""
+        return int(self._decryptor.invariant_noise_budget(self._read(polynomials)))
+
+    def _read(self, polynomials: Integers) -> Any:
+        if polynomials.shape != (2, DEGREE) or int(polynomials.max()) >= self._prime:
+            raise Unreadable("these are not two polynomials below the data prime")
+        return self._form.ciphertext(
+            self._form.part(_ARRAY.pack(2 * DEGREE) + polynomials.astype("<u8", copy=False).tobytes())
+        )
+
+
+# ---- SEAL's own form ----
+
+
+def _context(parameters: Parameters) -> Any:
+    """No context holds a key. The security level is checked by SEAL, the special prime counted."""
+    made = seal.EncryptionParameters(seal.SCHEME_TYPE.BFV)
+    made.set_poly_modulus_degree(DEGREE)
+    made.set_coeff_modulus([seal.Modulus(prime) for prime in parameters.primes])
+    made.set_plain_modulus(seal.Modulus(parameters.plain))
+    context = seal.SEALContext(made, True, getattr(seal.SEC_LEVEL_TYPE, f"TC{parameters.security_bits}"))
+    if not context.parameters_set():
+        raise RuntimeError(f"{parameters}: {context.parameters_error_message()}")
+    return context
+
+
+class _Form:
+    """Builds what SEAL reads, uncompressed and complete, around numbers that were checked."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+        self._version = _HEADER.unpack_from(_saved(context.key_context_data().parms()))[:4]
+        identity = struct.pack("<4Q", *context.first_parms_id())
+        self._prefix = _PREFIX.pack(identity, 0, 2, DEGREE, 1, 1.0, 1)
+
+    def part(self, content: bytes) -> bytes:
+        return _HEADER.pack(*self._version, _RAW, 0, _HEADER.size + len(content)) + content
+
+    def ciphertext(self, rest: bytes) -> Any:
+        """A ciphertext of two polynomials, of the parts that follow its fixed one."""
+        return _loaded(seal.Ciphertext, self._context, self.part(self._prefix + rest))
+
+
+def _uncompressed(data: bytes) -> bytes | None:
+    """What is in SEAL's header, out of a zstd frame whose blocks are raw; None where one of them is not.
+
+    SEAL offers everything to zstd, which leaves ciphertexts as they are: pseudo-random numbers do not get smaller.
+    """
+    compression = _HEADER.unpack_from(data)[4]
+    if compression == _RAW:
+        return data[_HEADER.size :]
+    if compression != _ZSTD:
+        return None
+    descriptor = data[_HEADER.size + 4]
+    single = descriptor >> 5 & 1
+    at = _HEADER.size + 5 + (1 - single) + (single, 2, 4, 8)[descriptor >> 6]
+    blocks, last = [], 0
+    while not last:
+        block = int.from_bytes(data[at : at + 3], "little")
+        last, kind, length = block & 1, block >> 1 & 3, block >> 3
+        if kind:
+            return None
+        blocks.append(data[at + 3 : at + 3 + length])
+        at += 3 + length
+    return b"".join(blocks)
+
+
+def _saved(value: Any) -> bytes:
+    with _memory() as (file, path):
+        value.save(path)
+        return file.read()
+
+
+def _loaded(kind: Callable[[], Any], context: Any, data: bytes) -> Any:
+    value = kind()
+    with _memory() as (file, path):
+        file.write(data)
+        file.flush()
+        value.load(context, path)
+    return value
+
+
+@contextmanager
+def _memory() -> Iterator[tuple[IO[bytes], str]]:
+    """A file for SEAL, which reads and writes nothing else: in memory where the system can, else for us alone."""
+    if hasattr(os, "memfd_create"):
+        with os.fdopen(os.memfd_create("seal"), "w+b") as file:
+            yield file, f"/proc/self/fd/{file.fileno()}"
+    else:
+        with tempfile.NamedTemporaryFile() as named:
+            yield named.file, named.name
