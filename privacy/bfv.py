@@ -35,12 +35,10 @@ DEGREE = 4096
 DATA_SLOTS = DEGREE - 1
 WIDEST = 51
 """Bits of a slot: t stays below 2^52, two limbs of 26 bits."""
-COEFFICIENT_BITS = 60
-"""What a coefficient below the data prime takes on the wire; SEAL's own form takes 64."""
 
 _PRIMES = {"shared": (1152921504606830593,), "split": (922314686236819457, 40961)}
-"""The data prime (both below 2^60), and in split the special prime. That one never travels, and divides the noise of a
-public key's encryption by 15. Their product stays below 2^75, SEAL's limit for 192 bits at degree 4096."""
+"""The data prime, below 2^60 as a coefficient travels in 60 bits, and in split the special prime, which never travels
+and divides the noise of a public key's encryption by 15. Their product stays below 2^75, SEAL's limit for 192 bits."""
 _LIMITS = ((256, 58), (192, 75), (128, 109))
 """(bits of security, bits of all primes together), SEAL's table at degree 4096, of homomorphicencryption.org."""
 _FORM = struct.Struct("<4sBBIII")

@@ -11,15 +11,12 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from privacy import bfv, encryption, envelope, packing, tags
-from privacy.bfv import COEFFICIENT_BITS, DEGREE, Integers, Parameters
+from privacy import bfv, encryption, envelope, tags
+from privacy.bfv import DEGREE, Integers, Parameters
+from privacy.encryption import POLYNOMIAL
 from privacy.envelope import Address, Broken
 from privacy.expansion import Died, Worker
 from privacy.key_letter import ClientKeys
-
-_POLYNOMIAL = DEGREE * COEFFICIENT_BITS // 8
-AGGREGATE_SIZE = 2 * _POLYNOMIAL
-"""Bytes of one ciphertext of an aggregate."""
 
 
 class Rejected(ValueError):
@@ -54,7 +51,7 @@ class Protector:
 class EncryptedSum:
     """The server's half, for one round. It holds no key that opens anything.
 
-    mac_keys: of the clients that were asked. worker: of the same parameters, needed in `shared`.
+    mac_keys: of the clients that were asked. worker: of the same parameters, needed in `shared`; one round at a time.
     """
 
     def __init__(
@@ -67,8 +64,13 @@ class EncryptedSum:
         worker: Worker | None = None,
     ) -> None:
         self._parameters, self._key_id, self._run, self._round = parameters, key_id, run, round
-        self._mac_keys, self._worker = mac_keys, worker
-        self._total = np.zeros((2, parameters.count, DEGREE), np.uint64)
+        self._mac_keys = mac_keys
+        self._worker = worker if parameters.trust == "shared" else None
+        if self._worker:
+            self._worker.clear()
+        elif parameters.trust == "shared":
+            raise ValueError("seeds are expanded by a worker")
+        self._total = np.zeros((parameters.count, 1 if self._worker else 2, DEGREE), np.uint64)
         self._roster: set[str] = set()
 
     @property
@@ -86,38 +88,57 @@ class EncryptedSum:
             raise Rejected(client, f"the sum bears {self._parameters.clients} updates")
         address = update_address(self._parameters, self._key_id, self._run, self._round, client)
         try:
-            polynomials = self._read(envelope.open_(data, address, self._mac_keys[client]))
+            content = envelope.open_(data, address, self._mac_keys[client])
+            polynomials, seeds = self._read(content)
+            if self._worker:
+                self._worker.add(seeds)
         except (Broken, encryption.Unreadable, Died) as error:
             raise Rejected(client, str(error)) from error
-        for total, one in zip(self._total.reshape(-1, DEGREE), polynomials.reshape(-1, DEGREE), strict=True):
+        for total, one in zip(self._total, polynomials, strict=True):
             encryption.add(total, one, self._parameters)
         self._roster.add(client)
 
+    def polynomials(self) -> Integers:
+        """The sum so far, (K, 2, N)."""
+        if not self._worker:
+            return self._total
+        return np.stack([self._total[:, 0], self._worker.total()], axis=1)
+
     def seal(self, link_key: bytes) -> bytes:
         """The aggregate for the key holder, whose `open` wants the roster beside it."""
-        address = aggregate_address(self._parameters, self._key_id, self._run, self._round, self.roster)
-        pairs = self._total.transpose(1, 0, 2).reshape(-1, DEGREE)
-        return envelope.seal(address, b"".join(packing.pack(one, COEFFICIENT_BITS) for one in pairs), link_key)
+        return seal(self.polynomials(), self._parameters, self._key_id, self._run, self._round, self.roster, link_key)
 
-    def _read(self, content: memoryview) -> Integers:
-        """(2, K, N), each coefficient below the data prime."""
-        size, count = encryption.size(self._parameters), self._parameters.count
-        polynomials = np.empty((2, count, DEGREE), np.uint64)
-        pieces = [content[k * size : (k + 1) * size] for k in range(count)]
-        for k, piece in enumerate(pieces):
-            polynomials[0, k] = encryption.polynomial(piece[:_POLYNOMIAL], self._parameters)
-            if self._parameters.trust == "split":
-                polynomials[1, k] = encryption.polynomial(piece[_POLYNOMIAL:], self._parameters)
-        if self._parameters.trust == "shared":
-            assert self._worker, "shared needs a worker"
-            polynomials[1] = self._worker.expand(b"".join(piece[_POLYNOMIAL:] for piece in pieces))
-        return polynomials
+    def _read(self, content: memoryview) -> tuple[Integers, bytes]:
+        """(the polynomials (K, 1 or 2, N), each coefficient below the data prime; the seeds)."""
+        size, number = encryption.size(self._parameters), self._total.shape[1]
+        polynomials, seeds = np.empty_like(self._total), []
+        for k, row in enumerate(polynomials):
+            piece = content[k * size : (k + 1) * size]
+            for i in range(number):
+                row[i] = encryption.polynomial(piece[i * POLYNOMIAL : (i + 1) * POLYNOMIAL], self._parameters)
+            seeds.append(piece[number * POLYNOMIAL :])
+        return polynomials, b"".join(seeds)
+
+
+def seal(
+    polynomials: Integers,
+    parameters: Parameters,
+    key_id: bytes,
+    run: str,
+    round: int,
+    roster: Iterable[str],
+    link_key: bytes,
+) -> bytes:
+    """polynomials (K, 2, N) -> the envelope of an aggregate."""
+    address = aggregate_address(parameters, key_id, run, round, roster)
+    ciphertexts = b"".join(map(encryption.packed, polynomials.reshape(-1, DEGREE)))
+    return envelope.seal(address, ciphertexts, link_key)
 
 
 def read_aggregate(data: bytes, address: Address, link_key: bytes, parameters: Parameters) -> Integers:
     """The key holder's reading of what `EncryptedSum.seal` made: (K, 2, N). Raises Broken or Unreadable."""
     content = envelope.open_(data, address, link_key)
-    pieces = (content[i : i + _POLYNOMIAL] for i in range(0, len(content), _POLYNOMIAL))
+    pieces = (content[i : i + POLYNOMIAL] for i in range(0, len(content), POLYNOMIAL))
     return np.stack([encryption.polynomial(piece, parameters) for piece in pieces]).reshape(-1, 2, DEGREE)
 
 
@@ -130,4 +151,4 @@ def update_address(parameters: Parameters, key_id: bytes, run: str, round: int, 
 def aggregate_address(parameters: Parameters, key_id: bytes, run: str, round: int, roster: Iterable[str]) -> Address:
     """What the envelope of an aggregate must say."""
     mark = envelope.fingerprint(key_id, parameters.to_bytes())
-    return Address(run, round, json.dumps(["sum", *sorted(roster)]), mark, parameters.count, AGGREGATE_SIZE)
+    return Address(run, round, json.dumps(["sum", *sorted(roster)]), mark, parameters.count, 2 * POLYNOMIAL)

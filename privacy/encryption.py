@@ -1,7 +1,7 @@
 """BFV through TenSEAL's binding of SEAL, the only door to tenseal: client half, server half and key holder's half.
 
 SEAL's own reader crashes on crafted bytes, so it is shown none: on the wire a ciphertext is its coefficients, 60 bits
-each (privacy/packing.py), and what SEAL reads is built here around numbers that were checked. In `split` that is both
+each, and what SEAL reads is built here around numbers that were checked. In `split` that is both
 polynomials, in `shared` the first one and the seed of the second. Adding them is addition mod q, which numpy does.
 
 SEAL's binding holds the GIL: each call here is for one ciphertext, about a millisecond, so that other threads run.
@@ -19,11 +19,14 @@ from typing import IO, Any
 import numpy as np
 import tenseal.sealapi as seal
 
-from privacy import packing
-from privacy.bfv import COEFFICIENT_BITS, DEGREE, Integers, Parameters
+from privacy.bfv import DEGREE, Integers, Parameters
 
-_POLYNOMIAL = DEGREE * COEFFICIENT_BITS // 8
+POLYNOMIAL = DEGREE * 60 // 8
+"""Bytes of a polynomial on the wire."""
 SEED = 64
+_TOP = np.uint64(60)
+_LOW = np.uint64((1 << 60) - 1)
+_NIBBLES = np.arange(15, dtype=np.uint64) * np.uint64(4)
 _HEADER = struct.Struct("<HBBBBHQ")  # magic, size of this, version (2), compression, reserved, bytes in all
 _ARRAY = struct.Struct("<Q")
 _PREFIX = struct.Struct("<32sBQQQdQ")  # parms_id, NTT form, polynomials, N, primes, scale, correction factor
@@ -38,7 +41,7 @@ class Unreadable(ValueError):
 
 def size(parameters: Parameters) -> int:
     """Bytes of one ciphertext of a client on the wire."""
-    return _POLYNOMIAL + (SEED if parameters.trust == "shared" else _POLYNOMIAL)
+    return POLYNOMIAL + (SEED if parameters.trust == "shared" else POLYNOMIAL)
 
 
 # ---- Key holder: keys ----
@@ -80,7 +83,7 @@ class Encryptor:
             raise RuntimeError(_COMPRESSED)
         start = _PREFIX.size + _HEADER.size + _ARRAY.size
         coefficients = np.frombuffer(content, "<u8", DEGREE * (1 if self._shared else 2), start)
-        return packing.pack(coefficients, COEFFICIENT_BITS) + (content[-SEED:] if self._shared else b"")
+        return b"".join(map(packed, coefficients.reshape(-1, DEGREE))) + (content[-SEED:] if self._shared else b"")
 
     def _encrypted(self, plain: Any) -> Any:
         if self._shared:
@@ -93,36 +96,66 @@ class Encryptor:
 # ---- Server ----
 
 
-def polynomial(data: bytes | memoryview, parameters: Parameters) -> Integers:
-    """(N,) coefficients of one polynomial on the wire. Raises Unreadable where one is not below q."""
-    coefficients = packing.unpack(bytes(data), DEGREE, COEFFICIENT_BITS)
-    if int(coefficients.max()) >= parameters.data_prime:
+def packed(polynomial: Integers) -> bytes:
+    """polynomial (N,), below 2^60 -> its bytes on the wire: 15 words of 16 coefficients.
+
+    The sixteenth lies in the upper four bits of the other fifteen, so that there are three operations on all at once.
+    """
+    groups = polynomial.reshape(-1, 16)
+    return (groups[:, :15] | ((groups[:, 15:] >> _NIBBLES) << _TOP)).astype("<u8", copy=False).tobytes()
+
+
+def polynomial(data: memoryview, parameters: Parameters) -> Integers:
+    """(N,), the reverse of `packed`. Raises Unreadable where a coefficient is not below q."""
+    words = np.frombuffer(data, "<u8").reshape(-1, 15)
+    groups = np.empty((len(words), 16), np.uint64)
+    np.bitwise_and(words, _LOW, out=groups[:, :15])
+    np.bitwise_or.reduce((words >> _TOP) << _NIBBLES, axis=1, out=groups[:, 15])
+    coefficients = groups.reshape(-1)
+    if len(coefficients) != DEGREE or int(coefficients.max()) >= parameters.data_prime:
         raise Unreadable("a coefficient is not below the data prime")
     return coefficients
 
 
 def add(total: Integers, other: Integers, parameters: Parameters) -> None:
-    """total += other mod q, in place; both (N,), below q, which is below 2^60."""
+    """total += other mod q, in place; all below q, which is below 2^60."""
     total += other
-    np.subtract(total, np.uint64(parameters.data_prime), out=total, where=total >= parameters.data_prime)
+    np.minimum(total, total - np.uint64(parameters.data_prime), out=total)  # below q the difference wraps to above 2^63
 
 
-class Expander:
-    """The second polynomials of `shared` from their seeds, by SEAL: what the server's worker process does."""
+class SeedSum:
+    """The sum of the second polynomials of `shared`, expanded from their seeds by SEAL: for a process that may die."""
 
     def __init__(self, parameters: Parameters) -> None:
-        self._form = _Form(_context(parameters))
+        context = _context(parameters)
+        self._parameters = parameters
+        self._form, self._evaluator = _Form(context), seal.Evaluator(context)
         filler = np.random.default_rng(0).integers(0, parameters.data_prime, DEGREE, np.uint64)
         self._first = self._form.part(_ARRAY.pack(DEGREE) + filler.astype("<u8").tobytes())
+        self._total: list[Any] = []
 
-    def expand(self, seed: bytes) -> Integers:
-        """seed: `SEED` bytes, any. Returns (N,)."""
-        if len(seed) != SEED:
-            raise Unreadable(f"a seed of {len(seed)} bytes")
-        content = _uncompressed(_saved(self._form.ciphertext(self._first + self._form.part(_BLAKE2XB + seed))))
-        if content is None:
-            raise RuntimeError(_COMPRESSED)
-        return np.frombuffer(content, "<u8", DEGREE, len(content) - 8 * DEGREE).astype(np.uint64)
+    def add(self, seeds: bytes) -> None:
+        """seeds: K x `SEED` bytes, any."""
+        if len(seeds) != self._parameters.count * SEED:
+            raise Unreadable(f"{len(seeds)} bytes of seeds")
+        parts = (_BLAKE2XB + seeds[i : i + SEED] for i in range(0, len(seeds), SEED))
+        ciphertexts = [self._form.ciphertext(self._first + self._form.part(part)) for part in parts]
+        if not self._total:
+            self._total = ciphertexts
+            return
+        for total, one in zip(self._total, ciphertexts, strict=True):
+            self._evaluator.add_inplace(total, one)
+
+    def take(self) -> Integers:
+        """(K, N), and begin again at 0."""
+        sums = np.zeros((self._parameters.count, DEGREE), np.uint64)
+        for row, total in zip(sums, self._total, strict=False):
+            content = _uncompressed(_saved(total))
+            if content is None:
+                raise RuntimeError(_COMPRESSED)
+            row[:] = np.frombuffer(content, "<u8", DEGREE, len(content) - 8 * DEGREE)
+        self._total = []
+        return sums
 
 
 # ---- Key holder: opening ----
