@@ -4,14 +4,13 @@
 
 One core, CPU time, medians over the repeats, both in the same run. Client: from integers (NVFLARE: from floats) to
 bytes; server: what one client costs, in `shared` the worker process with it; opening: from the bytes of the aggregate
-to integers, checks included. Upload is a multiple of fp32. Memory: by how much the peak of the server grew
-with the first two updates and with all others. Stall: the longest that another thread waited during one encryption.
+to integers, checks included. Upload is a multiple of fp32. Memory: by how many MB the server's peak grew after two
+updates were in, and what the worker process has. Stall: the longest that another thread waited during one encryption.
 """
 
 import argparse
 import json
 import os
-import resource
 import secrets
 import statistics
 import tempfile
@@ -45,7 +44,7 @@ _BASE = "NVFLARE's parameters"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=1_663_370)
-    parser.add_argument("--clients", type=int, default=8, help="updates that are added; each costs the same")
+    parser.add_argument("--clients", type=int, default=16, help="updates that are added; each costs the same")
     parser.add_argument("--repeats", type=int, default=5, help="encryptions that are timed")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -54,13 +53,24 @@ def main() -> None:
     rows[_BASE] = nvflare(options.entries, options.repeats)
     base = rows[_BASE]
     print(f"{options.entries} entries, {options.clients} clients, medians of {options.repeats}")
-    header = ("", "upload", "client s", "ratio", "server s", "ratio", "opening s", "MB first", "MB rest", "stall ms")
+    header = (
+        "",
+        "upload",
+        "client s",
+        "ratio",
+        "server s",
+        "ratio",
+        "opening s",
+        "MB more",
+        "worker",
+        "stall ms",
+    )
     print(("{:22}" + "{:>10}" * 9).format(*header))
     for name, row in rows.items():
         ratios = (row["client"] / base["client"], row["server"] / base["server"])
         print(
             f"{name:22}{row['upload']:10.3f}{row['client']:10.3f}{ratios[0]:10.3f}{row['server']:10.4f}{ratios[1]:10.3f}"
-            f"{row['opening']:10.3f}{row['first']:10.0f}{row['rest']:10.0f}{row['stall']:10.1f}"
+            f"{row['opening']:10.3f}{row['growth']:10.0f}{row['worker']:10.0f}{row['stall']:10.1f}"
         )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
@@ -87,17 +97,15 @@ def ours(trust: Trust, bits: int, entries: int, clients: int, repeats: int) -> d
     worker, spent = Worker(parameters), []
     if trust == "shared":
         worker.add(secrets.token_bytes(64 * parameters.count))  # its imports are paid once a run
-    server, peaks, before = (
-        EncryptedSum(parameters, deal.key_id, "bench", 1, deal.mac_keys, worker),
-        [peak()],
-        children(worker),
-    )
+    peaks, before = [], children(worker)
+    server = EncryptedSum(parameters, deal.key_id, "bench", 1, deal.mac_keys, worker)
     for i, (name, update) in enumerate(updates.items()):
         spent.append(timed(lambda name=name, update=update: server.add(name, update))[0])
-        if i == 1 or i == clients - 1:
-            peaks.append(peak())
+        if i in (1, clients - 1):
+            peaks.append(peak() if i > 1 else forget_peak())
     sealing, aggregate = timed(lambda: server.seal(deal.link_key))
     expanding = (children(worker) - before) / clients
+    beside = peak(worker.pid) if worker.pid else 0.0
     worker.close()
     opening, published = timed(lambda: holder.open("bench", 1, server.roster, aggregate))
     assert (packing.unpack(published, entries, parameters.width) == clients * integers).all()
@@ -106,8 +114,8 @@ def ours(trust: Trust, bits: int, entries: int, clients: int, repeats: int) -> d
         "client": statistics.median(client),
         "server": statistics.median(spent) + expanding + sealing / MOST,
         "opening": opening,
-        "first": peaks[1] - peaks[0],
-        "rest": peaks[2] - peaks[1],
+        "growth": peaks[1] - peaks[0],
+        "worker": beside,
         "stall": stall,
     }
 
@@ -128,21 +136,21 @@ def nvflare(entries: int, repeats: int) -> dict[str, float]:
         return [whole + ts.ckks_vector_from(context, one) for whole, one in zip(total, update, strict=True)]
 
     client = [timed(encrypt)[0] for _ in range(repeats)]
-    update, peaks = encrypt(), [peak()]
+    update, peaks = encrypt(), []
     total = [ts.ckks_vector_from(context, one) for one in update]
     spent = []
     for i in range(3):
         seconds, total = timed(lambda total=total: add(total, update))
         spent.append(seconds)
-        if i == 0 or i == 2:
-            peaks.append(peak())
+        if i in (0, 2):
+            peaks.append(peak() if i else forget_peak())
     return {
         "upload": sum(map(len, update)) / (4 * entries),
         "client": statistics.median(client),
         "server": statistics.median(spent),
         "opening": timed(lambda: [one.decrypt() for one in total])[0],
-        "first": peaks[1] - peaks[0],
-        "rest": peaks[2] - peaks[1],
+        "growth": peaks[1] - peaks[0],
+        "worker": 0.0,
         "stall": stalled(lambda: ts.ckks_vector(context, values.tolist()).serialize()),
     }
 
@@ -154,9 +162,16 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     return time.process_time() - start, value
 
 
-def peak() -> float:
-    """MB this process had at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak(pid: int | str = "self") -> float:
+    """MB that a process had at most, this one since `forget_peak`."""
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) / 1024
+
+
+def forget_peak() -> float:
+    """Let the peak begin at what the process has now; returns that, in MB."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
 
 
 def children(worker: Worker) -> float:

@@ -12,9 +12,9 @@ Legend: K ciphertexts of N = 4096 coefficients below the data prime q.
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import IO, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tenseal.sealapi as seal
@@ -31,7 +31,6 @@ _HEADER = struct.Struct("<HBBBBHQ")  # magic, size of this, version (2), compres
 _ARRAY = struct.Struct("<Q")
 _PREFIX = struct.Struct("<32sBQQQdQ")  # parms_id, NTT form, polynomials, N, primes, scale, correction factor
 _RAW, _ZSTD, _BLAKE2XB = 0, 2, b"\1"
-_ATTEMPTS = 8
 _COMPRESSED = "SEAL compressed random numbers: use the version of tenseal in constraints.txt"
 
 
@@ -70,17 +69,13 @@ class Encryptor:
 
     def encrypt(self, slots: Integers) -> bytes:
         """slots (K, N), tags in them -> K ciphertexts of `size` bytes."""
-        return b"".join(map(self._one, slots))
+        with _Memory() as memory:
+            return b"".join([self._one(row, memory) for row in slots])
 
-    def _one(self, slots: Integers) -> bytes:
+    def _one(self, slots: Integers, memory: "_Memory") -> bytes:
         plain = seal.Plaintext()
         self._encoder.encode(slots.tolist(), plain)
-        for _ in range(_ATTEMPTS):
-            content = _uncompressed(_saved(self._encrypted(plain)))
-            if content is not None:
-                break
-        else:
-            raise RuntimeError(_COMPRESSED)
+        content = _uncompressed(memory.save(self._encrypted(plain)))
         start = _PREFIX.size + _HEADER.size + _ARRAY.size
         coefficients = np.frombuffer(content, "<u8", DEGREE * (1 if self._shared else 2), start)
         return b"".join(map(packed, coefficients.reshape(-1, DEGREE))) + (content[-SEED:] if self._shared else b"")
@@ -127,32 +122,36 @@ class SeedSum:
     """The sum of the second polynomials of `shared`, expanded from their seeds by SEAL: for a process that may die."""
 
     def __init__(self, parameters: Parameters) -> None:
-        context = _context(parameters)
+        self._context = _context(parameters)
         self._parameters = parameters
-        self._form, self._evaluator = _Form(context), seal.Evaluator(context)
+        self._evaluator = seal.Evaluator(self._context)
+        form = _Form(self._context)
         filler = np.random.default_rng(0).integers(0, parameters.data_prime, DEGREE, np.uint64)
-        self._first = self._form.part(_ARRAY.pack(DEGREE) + filler.astype("<u8").tobytes())
+        first = form.part(_ARRAY.pack(DEGREE) + filler.astype("<u8").tobytes())
+        self._template = form.whole(first + form.part(_BLAKE2XB + bytes(SEED)))  # the seed comes last
         self._total: list[Any] = []
 
     def add(self, seeds: bytes) -> None:
         """seeds: K x `SEED` bytes, any."""
         if len(seeds) != self._parameters.count * SEED:
             raise Unreadable(f"{len(seeds)} bytes of seeds")
-        parts = (_BLAKE2XB + seeds[i : i + SEED] for i in range(0, len(seeds), SEED))
-        ciphertexts = [self._form.ciphertext(self._first + self._form.part(part)) for part in parts]
-        if not self._total:
-            self._total = ciphertexts
-            return
-        for total, one in zip(self._total, ciphertexts, strict=True):
-            self._evaluator.add_inplace(total, one)
+        begins = not self._total
+        with _Memory() as memory:
+            memory.write(self._template)
+            for k in range(self._parameters.count):
+                memory.write(seeds[k * SEED : (k + 1) * SEED], len(self._template) - SEED)
+                ciphertext = seal.Ciphertext()
+                ciphertext.load(self._context, memory.path)
+                if begins:
+                    self._total.append(ciphertext)
+                else:
+                    self._evaluator.add_inplace(self._total[k], ciphertext)
 
     def take(self) -> Integers:
         """(K, N), and begin again at 0."""
         sums = np.zeros((self._parameters.count, DEGREE), np.uint64)
         for row, total in zip(sums, self._total, strict=False):
             content = _uncompressed(_saved(total))
-            if content is None:
-                raise RuntimeError(_COMPRESSED)
             row[:] = np.frombuffer(content, "<u8", DEGREE, len(content) - 8 * DEGREE)
         self._total = []
         return sums
@@ -165,7 +164,7 @@ class Decryptor:
     """Whoever holds the secret key. What it returns is for the key holder's checks alone, never for the server."""
 
     def __init__(self, parameters: Parameters, secret: bytes) -> None:
-        context = _context(parameters)
+        self._context = context = _context(parameters)
         self._form = _Form(context)
         self._prime = parameters.data_prime
         self._decryptor = seal.Decryptor(context, _loaded(seal.SecretKey, context, secret))
@@ -184,9 +183,8 @@ class Decryptor:
     def _read(self, polynomials: Integers) -> Any:
         if polynomials.shape != (2, DEGREE) or int(polynomials.max()) >= self._prime:
             raise Unreadable("these are not two polynomials below the data prime")
-        return self._form.ciphertext(
-            self._form.part(_ARRAY.pack(2 * DEGREE) + polynomials.astype("<u8", copy=False).tobytes())
-        )
+        array = self._form.part(_ARRAY.pack(2 * DEGREE) + polynomials.astype("<u8", copy=False).tobytes())
+        return _loaded(seal.Ciphertext, self._context, self._form.whole(array))
 
 
 # ---- SEAL's own form ----
@@ -208,7 +206,6 @@ class _Form:
     """Builds what SEAL reads, uncompressed and complete, around numbers that were checked."""
 
     def __init__(self, context: Any) -> None:
-        self._context = context
         self._version = _HEADER.unpack_from(_saved(context.key_context_data().parms()))[:4]
         identity = struct.pack("<4Q", *context.first_parms_id())
         self._prefix = _PREFIX.pack(identity, 0, 2, DEGREE, 1, 1.0, 1)
@@ -216,21 +213,22 @@ class _Form:
     def part(self, content: bytes) -> bytes:
         return _HEADER.pack(*self._version, _RAW, 0, _HEADER.size + len(content)) + content
 
-    def ciphertext(self, rest: bytes) -> Any:
+    def whole(self, parts: bytes) -> bytes:
         """A ciphertext of two polynomials, of the parts that follow its fixed one."""
-        return _loaded(seal.Ciphertext, self._context, self.part(self._prefix + rest))
+        return self.part(self._prefix + parts)
 
 
-def _uncompressed(data: bytes) -> bytes | None:
-    """What is in SEAL's header, out of a zstd frame whose blocks are raw; None where one of them is not.
+def _uncompressed(data: bytes) -> bytes:
+    """What is in SEAL's header, out of a zstd frame whose blocks are raw. Raises RuntimeError where one of them is not.
 
-    SEAL offers everything to zstd, which leaves ciphertexts as they are: pseudo-random numbers do not get smaller.
+    SEAL offers everything to zstd, which leaves a block as it is unless that saves 1.56 %. Of a ciphertext's numbers
+    the upper four bits of 64 are 0, which saves 1.20 % with a deviation of 0.02.
     """
     compression = _HEADER.unpack_from(data)[4]
     if compression == _RAW:
         return data[_HEADER.size :]
     if compression != _ZSTD:
-        return None
+        raise RuntimeError(_COMPRESSED)
     descriptor = data[_HEADER.size + 4]
     single = descriptor >> 5 & 1
     at = _HEADER.size + 5 + (1 - single) + (single, 2, 4, 8)[descriptor >> 6]
@@ -239,33 +237,45 @@ def _uncompressed(data: bytes) -> bytes | None:
         block = int.from_bytes(data[at : at + 3], "little")
         last, kind, length = block & 1, block >> 1 & 3, block >> 3
         if kind:
-            return None
+            raise RuntimeError(_COMPRESSED)
         blocks.append(data[at + 3 : at + 3 + length])
         at += 3 + length
     return b"".join(blocks)
 
 
 def _saved(value: Any) -> bytes:
-    with _memory() as (file, path):
-        value.save(path)
-        return file.read()
+    with _Memory() as memory:
+        return memory.save(value)
 
 
 def _loaded(kind: Callable[[], Any], context: Any, data: bytes) -> Any:
     value = kind()
-    with _memory() as (file, path):
-        file.write(data)
-        file.flush()
-        value.load(context, path)
+    with _Memory() as memory:
+        memory.write(data)
+        value.load(context, memory.path)
     return value
 
 
-@contextmanager
-def _memory() -> Iterator[tuple[IO[bytes], str]]:
+class _Memory:
     """A file for SEAL, which reads and writes nothing else: in memory where the system can, else for us alone."""
-    if hasattr(os, "memfd_create"):
-        with os.fdopen(os.memfd_create("seal"), "w+b") as file:
-            yield file, f"/proc/self/fd/{file.fileno()}"
-    else:
-        with tempfile.NamedTemporaryFile() as named:
-            yield named.file, named.name
+
+    def __enter__(self) -> "_Memory":
+        if hasattr(os, "memfd_create"):
+            self._file, self._named = os.memfd_create("seal"), ""
+            self.path = f"/proc/self/fd/{self._file}"
+        else:
+            self._file, self._named = tempfile.mkstemp()
+            self.path = self._named
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
+        if self._named:
+            Path(self._named).unlink()
+
+    def write(self, data: bytes, at: int = 0) -> None:
+        os.pwrite(self._file, data, at)
+
+    def save(self, value: Any) -> bytes:
+        value.save(self.path)
+        return os.pread(self._file, os.fstat(self._file).st_size, 0)

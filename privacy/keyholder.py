@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,10 +61,12 @@ class KeyHolder:
         minimum: int | None = None,
     ) -> None:
         self._clients = {name: X25519PublicKey.from_public_bytes(key) for name, key in sorted(clients.items())}
-        self.minimum = least(len(clients) if cohort is None else cohort, minimum)
+        self._cohort = len(clients) if cohort is None else cohort
+        self.minimum = least(self._cohort, minimum)
         self._folder = folder
         _own(folder)
         self._lock = _locked(folder)
+        self._turn = threading.Lock()
         self._identity = Ed25519PrivateKey.from_private_bytes(durable.secret(folder / "identity"))
 
     @property
@@ -84,8 +87,10 @@ class KeyHolder:
         folder.mkdir(mode=0o700, exist_ok=True)
         if (folder / "retired").exists():
             raise Refused(f"the key of run {run} was destroyed after {FAILURES} failed openings: start a new run")
-        if len(self._clients) > parameters.clients:
-            raise Refused(f"{parameters.clients} clients can be summed, {len(self._clients)} are provisioned")
+        if self._cohort > parameters.clients:
+            raise Refused(
+                f"protect.max_clients={parameters.clients} is less than the cohort of {self._cohort}: raise it to that"
+            )
         keys = self._keys(folder / "key", run, rounds, parameters)
         letters = {
             name: key_letter.write(keys.of(name), recipient, self._identity)
@@ -101,6 +106,17 @@ class KeyHolder:
         Whatever comes with a round that was opened, the answer is that round's. Raises Refused, and then nothing of
         the aggregate is known to anybody.
         """
+        with self._turn:
+            return self._answer(run, round, roster, aggregate, publish)
+
+    def roster(self, run: str, round: int) -> tuple[str, ...] | None:
+        """Whose sum was opened in a round; None: none was."""
+        record = self._run(run) / f"round-{round:06}.json"
+        if not record.with_suffix(".answer").exists():
+            return None
+        return tuple(json.loads(record.read_bytes())["roster"])
+
+    def _answer(self, run: str, round: int, roster: Sequence[str], aggregate: bytes, publish: Publish | None) -> bytes:
         folder = self._run(run)
         record, answer = folder / f"round-{round:06}.json", folder / f"round-{round:06}.answer"
         if answer.exists():
@@ -126,13 +142,6 @@ class KeyHolder:
         durable.write_atomic(answer, packed)
         return packed
 
-    def roster(self, run: str, round: int) -> tuple[str, ...] | None:
-        """Whose sum was opened in a round; None: none was."""
-        record = self._run(run) / f"round-{round:06}.json"
-        if not record.with_suffix(".answer").exists():
-            return None
-        return tuple(json.loads(record.read_bytes())["roster"])
-
     def _check_roster(self, roster: Sequence[str], round: int, keys: RunKeys) -> None:
         if not 1 <= round <= keys.rounds:
             raise Refused(f"round {round} of a run whose key was made for {keys.rounds}")
@@ -140,6 +149,8 @@ class KeyHolder:
             raise Refused("a roster names a client twice")
         if strangers := sorted(set(roster) - self._clients.keys() | set(roster) - keys.secrets.keys()):
             raise Refused(f"{strangers[0]} is not among the clients that this key holder knows")
+        if len(roster) > keys.parameters.clients:
+            raise Refused(f"a sum over {len(roster)} clients: protect.max_clients={keys.parameters.clients}")
         if len(roster) < self.minimum:
             raise Refused(f"a sum over {len(roster)} clients stays closed: protect.minimum={self.minimum}")
 

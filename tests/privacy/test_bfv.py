@@ -67,7 +67,6 @@ def transforms(parameters: Parameters):  # type: ignore[no-untyped-def]
         ciphertext = encryption._loaded(seal.Ciphertext, context, form.part(bytes(prefix) + array))
         (evaluator.transform_from_ntt_inplace if ntt else evaluator.transform_to_ntt_inplace)(ciphertext)
         content = encryption._uncompressed(encryption._saved(ciphertext))
-        assert content
         return np.frombuffer(content, "<u8", 2 * DEGREE, len(content) - 16 * DEGREE).reshape(2, DEGREE)
 
     return lambda pair: through(pair, False), lambda pair: through(pair, True)

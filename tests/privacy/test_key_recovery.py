@@ -34,7 +34,6 @@ def recovered(chunks: list[tuple[Integers, Integers, Integers]], prime: int) -> 
 def read(value: Any, polynomials: int) -> Integers:
     """(polynomials, N), the numbers at the end of what SEAL saves."""
     content = encryption._uncompressed(encryption._saved(value))
-    assert content
     count = polynomials * DEGREE
     return np.frombuffer(content, "<u8", count, len(content) - 8 * count).reshape(polynomials, DEGREE)
 
@@ -74,7 +73,7 @@ def to_ntt(polynomials: Integers, parameters: Parameters) -> Integers:
     context = encryption._context(parameters)
     form = encryption._Form(context)
     array = encryption._ARRAY.pack(2 * DEGREE) + polynomials.astype("<u8").tobytes()
-    ciphertext = form.ciphertext(form.part(array))
+    ciphertext = encryption._loaded(seal.Ciphertext, context, form.whole(form.part(array)))
     seal.Evaluator(context).transform_to_ntt_inplace(ciphertext)
     return read(ciphertext, 2)
 

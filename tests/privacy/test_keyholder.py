@@ -159,6 +159,20 @@ def test_a_roster_that_is_too_short_or_made_up_is_refused_before_anything_is_dec
     assert attack.asked(attack.all(*NAMES))
 
 
+def test_more_clients_than_a_sum_bears_are_refused(tmp_path: Path) -> None:
+    clients = {f"silo-{i}": X25519PrivateKey.generate().public_key().public_bytes_raw() for i in range(5)}
+    parameters = bfv.fit("split", 10, 23, 4)
+    holder = KeyHolder(tmp_path / "keys", clients, cohort=4)
+    holder.deal("run", 5, parameters)
+    with pytest.raises(Refused, match=r"over 5 clients: protect\.max_clients=4"):
+        holder.open("run", 1, NAMES, b"")
+    holder.close()
+    holder = KeyHolder(tmp_path / "keys", clients)
+    with pytest.raises(Refused, match=r"protect\.max_clients=4 is less than the cohort of 5"):
+        holder.deal("other", 5, parameters)
+    holder.close()
+
+
 def test_another_clients_roster_does_not_fit_the_sum(gather: Gather) -> None:
     attack = Attack(gather())
     with pytest.raises(Refused, match="not the sum"):
