@@ -85,7 +85,7 @@ def ours(trust: Trust, bits: int, entries: int, clients: int, repeats: int) -> d
     deal = holder.deal("bench", 1, parameters)
     identity = Ed25519PublicKey.from_public_bytes(holder.identity)
     protectors = {
-        name: Protector(key_letter.read(deal.letters[name], "bench", name, 1, parameters, identity, key))
+        name: Protector(key_letter.read(deal.letters[name], deal.public, "bench", name, 1, parameters, identity, key))
         for name, key in private.items()
     }
     integers = np.random.default_rng(0).integers(0, 1 << bits, entries, np.uint64)

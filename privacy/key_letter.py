@@ -48,13 +48,13 @@ def write(keys: ClientKeys, recipient: X25519PublicKey, identity: Ed25519Private
     subject = _subject(keys.run, keys.client, keys.rounds, keys.parameters, keys.key_id)
     shared = keys.parameters.trust == "shared"
     secret = keys.pad_secret + keys.weight_secret + keys.mac_key + (keys.key if shared else b"")
-    sealed = _SUITE.encrypt(secret, recipient, info=_CONTEXT + subject)
-    content = _parts(keys.key_id, b"" if shared else keys.key, sealed)
-    return identity.sign(_CONTEXT + subject + content) + content
+    content = keys.key_id + _SUITE.encrypt(secret, recipient, info=_CONTEXT + subject)
+    return identity.sign(_signed(subject, b"" if shared else keys.key, content)) + content
 
 
 def read(
     letter: bytes,
+    public: bytes,
     run: str,
     client: str,
     rounds: int,
@@ -64,21 +64,21 @@ def read(
 ) -> ClientKeys:
     """The keys in a letter that came through the server, where it is the holder's for this run, client and settings.
 
+    public: the run's public key, the same for all clients, which the letter's signature covers; empty in `shared`.
     parameters: made of the client's own settings, never taken from a message. Raises Refused for everything else.
     """
-    if not _SIGNATURE + 3 * 4 + KEY_ID <= len(letter) <= _MOST:
+    if not _SIGNATURE + KEY_ID <= len(letter) <= _MOST or len(public) > _MOST:
         raise Refused(f"a key letter of {len(letter)} bytes: the server did not pass on what the key holder wrote")
     signature, content = letter[:_SIGNATURE], letter[_SIGNATURE:]
-    key_id = content[4 : 4 + KEY_ID]
+    key_id, sealed = content[:KEY_ID], content[KEY_ID:]
     subject = _subject(run, client, rounds, parameters, key_id)
     try:
-        holder.verify(signature, _CONTEXT + subject + content)
+        holder.verify(signature, _signed(subject, public, content))
     except InvalidSignature:
         raise Refused(
             f"the key letter for {client} in run {run} is not signed by the key holder that this client knows, or was "
             "made for another run, client or setting: compare protect.* and the key holder's identity on both sides"
         ) from None
-    _, public, sealed = _split(content)  # of the key holder's making from here on
     try:
         secret = _SUITE.decrypt(sealed, private, info=_CONTEXT + subject)
     except InvalidTag as error:
@@ -93,14 +93,9 @@ def _subject(run: str, client: str, rounds: int, parameters: Parameters, key_id:
     return _parts(run.encode(), client.encode(), struct.pack("<I", rounds), parameters.to_bytes(), key_id)
 
 
+def _signed(subject: bytes, public: bytes, content: bytes) -> bytes:
+    return _CONTEXT + _parts(subject, public, content)
+
+
 def _parts(*parts: bytes) -> bytes:
     return b"".join(struct.pack("<I", len(part)) + part for part in parts)
-
-
-def _split(data: bytes) -> list[bytes]:
-    parts = []
-    while data:
-        end = 4 + struct.unpack_from("<I", data)[0]
-        parts.append(data[4:end])
-        data = data[end:]
-    return parts

@@ -38,8 +38,10 @@ class Deal:
     """What the server is given at the start of a run."""
 
     key_id: bytes
+    public: bytes
+    """To be passed on to every client: the public key; empty in `shared`."""
     letters: Mapping[str, bytes]
-    """To be passed on, client by client; the server can change none."""
+    """To be passed on, client by client; the server can change none, nor the public key."""
     mac_keys: Mapping[str, bytes]
     """With which it checks who sent what."""
     link_key: bytes
@@ -96,7 +98,8 @@ class KeyHolder:
             name: key_letter.write(keys.of(name), recipient, self._identity)
             for name, recipient in self._clients.items()
         }
-        return Deal(keys.key_id, letters, {name: keys.secrets[name].mac for name in letters}, keys.link_key)
+        public = b"" if parameters.trust == "shared" else keys.public
+        return Deal(keys.key_id, public, letters, {name: keys.secrets[name].mac for name in letters}, keys.link_key)
 
     def open(
         self, run: str, round: int, roster: Sequence[str], aggregate: bytes, publish: Publish | None = None

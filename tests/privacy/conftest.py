@@ -69,7 +69,9 @@ def gather(tmp_path: Path) -> Iterator[Callable[..., Cohort]]:
         deal = holder.deal(RUN, ROUNDS, parameters)
         identity = Ed25519PublicKey.from_public_bytes(holder.identity)
         keys = {
-            name: key_letter.read(deal.letters[name], RUN, name, ROUNDS, parameters, identity, private[name])
+            name: key_letter.read(
+                deal.letters[name], deal.public, RUN, name, ROUNDS, parameters, identity, private[name]
+            )
             for name in private
         }
         protectors = {name: Protector(each) for name, each in keys.items()}

@@ -195,6 +195,20 @@ def test_a_repeat_gets_the_stored_bytes_whatever_comes_with_it(gather: Gather) -
     assert holder.roster(run, 1) == NAMES
 
 
+def test_a_key_holder_that_was_restarted_is_the_same_and_opens_no_round_again(gather: Gather) -> None:
+    cohort = gather()
+    attack = Attack(cohort)
+    first, before = attack.asked(attack.all(*NAMES)), cohort.holder
+    before.close()
+    public = {name: key.public_key().public_bytes_raw() for name, key in cohort.private.items()}
+    cohort.holder = KeyHolder(before._folder, public)
+    assert cohort.holder.identity == before.identity
+    assert cohort.holder.deal(cohort.run, 5, cohort.parameters).key_id == cohort.deal.key_id
+    assert attack.asked(attack.all(*NAMES[:4]), NAMES[:4]) == first
+    later = Attack(cohort, round=2)
+    assert later.asked(later.all(*NAMES)) == first  # the same integers, opened under the key that was kept
+
+
 def test_roster_and_round_are_on_disk_before_anything_is_decrypted(gather: Gather, monkeypatch: Any) -> None:
     attack = Attack(gather())
 
@@ -323,6 +337,8 @@ def letter_changes(cohort: Any) -> dict[str, dict[str, Any]]:
         "its own key": {
             "letter": key_letter.write(cohort.keys["silo-0"], cohort.private["silo-0"].public_key(), stranger)
         },
+        "another public key": {"public": encryption.keys(cohort.parameters)[0]},
+        "no public key": {"public": b"" if cohort.parameters.trust == "split" else b"x"},
         "another client's letter": {"letter": cohort.deal.letters["silo-1"]},
         "a flipped bit": {"letter": mine[:-1] + bytes([mine[-1] ^ 1])},
         "a cut letter": {"letter": mine[:-1]},
@@ -342,6 +358,7 @@ def test_a_client_takes_no_key_that_its_key_holder_did_not_send_it_for_this_run(
     cohort = gather(trust)
     right = {
         "letter": cohort.deal.letters["silo-0"],
+        "public": cohort.deal.public,
         "run": cohort.run,
         "client": "silo-0",
         "rounds": 5,
