@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from privacy import bfv, encryption, envelope, tags
+from privacy import bfv, coefficients, encryption, envelope, tags
 from privacy.bfv import DEGREE, Integers, Parameters
-from privacy.encryption import POLYNOMIAL
+from privacy.coefficients import POLYNOMIAL
 from privacy.envelope import Address, Broken
 from privacy.expansion import Died, Worker
 from privacy.key_letter import ClientKeys
@@ -92,10 +92,10 @@ class EncryptedSum:
             polynomials, seeds = self._read(content)
             if self._worker:
                 self._worker.add(seeds)
-        except (Broken, encryption.Unreadable, Died) as error:
+        except (Broken, coefficients.Unreadable, Died) as error:
             raise Rejected(client, str(error)) from error
         for total, one in zip(self._total, polynomials, strict=True):
-            encryption.add(total, one, self._parameters)
+            coefficients.add(total, one, self._parameters)
         self._roster.add(client)
 
     def polynomials(self) -> Integers:
@@ -110,12 +110,12 @@ class EncryptedSum:
 
     def _read(self, content: memoryview) -> tuple[Integers, bytes]:
         """(the polynomials (K, 1 or 2, N), each coefficient below the data prime; the seeds)."""
-        size, number = encryption.size(self._parameters), self._total.shape[1]
+        size, number = coefficients.size(self._parameters), self._total.shape[1]
         polynomials, seeds = np.empty_like(self._total), []
         for k, row in enumerate(polynomials):
             piece = content[k * size : (k + 1) * size]
             for i in range(number):
-                row[i] = encryption.polynomial(piece[i * POLYNOMIAL : (i + 1) * POLYNOMIAL], self._parameters)
+                row[i] = coefficients.polynomial(piece[i * POLYNOMIAL : (i + 1) * POLYNOMIAL], self._parameters)
             seeds.append(piece[number * POLYNOMIAL :])
         return polynomials, b"".join(seeds)
 
@@ -131,7 +131,7 @@ def seal(
 ) -> bytes:
     """polynomials (K, 2, N) -> the envelope of an aggregate."""
     address = aggregate_address(parameters, key_id, run, round, roster)
-    ciphertexts = b"".join(map(encryption.packed, polynomials.reshape(-1, DEGREE)))
+    ciphertexts = b"".join(map(coefficients.packed, polynomials.reshape(-1, DEGREE)))
     return envelope.seal(address, ciphertexts, link_key)
 
 
@@ -139,13 +139,13 @@ def read_aggregate(data: bytes, address: Address, link_key: bytes, parameters: P
     """The key holder's reading of what `EncryptedSum.seal` made: (K, 2, N). Raises Broken or Unreadable."""
     content = envelope.open_(data, address, link_key)
     pieces = (content[i : i + POLYNOMIAL] for i in range(0, len(content), POLYNOMIAL))
-    return np.stack([encryption.polynomial(piece, parameters) for piece in pieces]).reshape(-1, 2, DEGREE)
+    return np.stack([coefficients.polynomial(piece, parameters) for piece in pieces]).reshape(-1, 2, DEGREE)
 
 
 def update_address(parameters: Parameters, key_id: bytes, run: str, round: int, client: str) -> Address:
     """What the envelope of a client must say."""
     mark = envelope.fingerprint(key_id, parameters.to_bytes())
-    return Address(run, round, json.dumps(["client", client]), mark, parameters.count, encryption.size(parameters))
+    return Address(run, round, json.dumps(["client", client]), mark, parameters.count, coefficients.size(parameters))
 
 
 def aggregate_address(parameters: Parameters, key_id: bytes, run: str, round: int, roster: Iterable[str]) -> Address:

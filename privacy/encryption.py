@@ -1,8 +1,7 @@
 """BFV through TenSEAL's binding of SEAL, the only door to tenseal: client half, server half and key holder's half.
 
-SEAL's own reader crashes on crafted bytes, so it is shown none: on the wire a ciphertext is its coefficients, 60 bits
-each, and what SEAL reads is built here around numbers that were checked. In `split` that is both
-polynomials, in `shared` the first one and the seed of the second. Adding them is addition mod q, which numpy does.
+SEAL's own reader crashes on crafted bytes, so it is shown none: what travels are numbers (privacy/coefficients.py), and
+what SEAL reads is built here around numbers that were checked.
 
 SEAL's binding holds the GIL: each call here is for one ciphertext, about a millisecond, so that other threads run.
 
@@ -20,27 +19,13 @@ import numpy as np
 import tenseal.sealapi as seal
 
 from privacy.bfv import DEGREE, Integers, Parameters
+from privacy.coefficients import SEED, Unreadable, packed
 
-POLYNOMIAL = DEGREE * 60 // 8
-"""Bytes of a polynomial on the wire."""
-SEED = 64
-_TOP = np.uint64(60)
-_LOW = np.uint64((1 << 60) - 1)
-_NIBBLES = np.arange(15, dtype=np.uint64) * np.uint64(4)
 _HEADER = struct.Struct("<HBBBBHQ")  # magic, size of this, version (2), compression, reserved, bytes in all
 _ARRAY = struct.Struct("<Q")
 _PREFIX = struct.Struct("<32sBQQQdQ")  # parms_id, NTT form, polynomials, N, primes, scale, correction factor
 _RAW, _ZSTD, _BLAKE2XB = 0, 2, b"\1"
 _COMPRESSED = "SEAL compressed random numbers: use the version of tenseal in constraints.txt"
-
-
-class Unreadable(ValueError):
-    """Ciphertexts that nobody can have encrypted. The message says why."""
-
-
-def size(parameters: Parameters) -> int:
-    """Bytes of one ciphertext of a client on the wire."""
-    return POLYNOMIAL + (SEED if parameters.trust == "shared" else POLYNOMIAL)
 
 
 # ---- Key holder: keys ----
@@ -68,7 +53,7 @@ class Encryptor:
         self._encoder = seal.BatchEncoder(context)
 
     def encrypt(self, slots: Integers) -> bytes:
-        """slots (K, N), tags in them -> K ciphertexts of `size` bytes."""
+        """slots (K, N), tags in them -> K ciphertexts of `coefficients.size` bytes."""
         with _Memory() as memory:
             return b"".join([self._one(row, memory) for row in slots])
 
@@ -88,34 +73,7 @@ class Encryptor:
         return ciphertext
 
 
-# ---- Server ----
-
-
-def packed(polynomial: Integers) -> bytes:
-    """polynomial (N,), below 2^60 -> its bytes on the wire: 15 words of 16 coefficients.
-
-    The sixteenth lies in the upper four bits of the other fifteen, so that there are three operations on all at once.
-    """
-    groups = polynomial.reshape(-1, 16)
-    return (groups[:, :15] | ((groups[:, 15:] >> _NIBBLES) << _TOP)).astype("<u8", copy=False).tobytes()
-
-
-def polynomial(data: memoryview, parameters: Parameters) -> Integers:
-    """(N,), the reverse of `packed`. Raises Unreadable where a coefficient is not below q."""
-    words = np.frombuffer(data, "<u8").reshape(-1, 15)
-    groups = np.empty((len(words), 16), np.uint64)
-    np.bitwise_and(words, _LOW, out=groups[:, :15])
-    np.bitwise_or.reduce((words >> _TOP) << _NIBBLES, axis=1, out=groups[:, 15])
-    coefficients = groups.reshape(-1)
-    if len(coefficients) != DEGREE or int(coefficients.max()) >= parameters.data_prime:
-        raise Unreadable("a coefficient is not below the data prime")
-    return coefficients
-
-
-def add(total: Integers, other: Integers, parameters: Parameters) -> None:
-    """total += other mod q, in place; all below q, which is below 2^60."""
-    total += other
-    np.minimum(total, total - np.uint64(parameters.data_prime), out=total)  # below q the difference wraps to above 2^63
+# ---- Server: in a process of its own ----
 
 
 class SeedSum:

@@ -14,9 +14,10 @@ import time
 
 import numpy as np
 
-from privacy import encryption
+from privacy import coefficients
 from privacy.bfv import DEGREE, Integers, Parameters
-from privacy.encryption import SEED, SeedSum
+from privacy.coefficients import SEED
+from privacy.encryption import SeedSum
 
 _EVERY = 16
 """Clients after which the sum is fetched: 200 kB of seeds at 1.7 M entries, and a sixteenth of the cost each."""
@@ -82,7 +83,7 @@ class Worker:
             except Died:
                 if last:
                     raise
-        encryption.add(self._total, sums, self._parameters)
+        coefficients.add(self._total, sums, self._parameters)
         self._since = []
 
     def _replay(self) -> None:

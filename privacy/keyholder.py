@@ -20,7 +20,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 
-from privacy import bfv, durable, encryption, key_letter, packing, tags
+from privacy import bfv, coefficients, durable, encryption, key_letter, packing, tags
 from privacy.bfv import Integers, Parameters
 from privacy.encrypted_sum import aggregate_address, read_aggregate
 from privacy.envelope import Broken
@@ -130,7 +130,7 @@ class KeyHolder:
         address = aggregate_address(parameters, keys.key_id, run, round, roster)
         try:
             polynomials = read_aggregate(aggregate, address, keys.link_key, parameters)
-        except (Broken, encryption.Unreadable) as error:
+        except (Broken, coefficients.Unreadable) as error:
             raise Refused(f"the aggregate of round {round} cannot be read: {error}") from error
         request = {"roster": sorted(roster), "aggregate": hashlib.sha256(aggregate).hexdigest()}
         if record.exists() and json.loads(record.read_bytes()) != request:

@@ -8,7 +8,7 @@ import tenseal.sealapi as seal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import bfv, encryption, packing
+from privacy import bfv, coefficients, encryption, packing
 from privacy.bfv import DEGREE, Integers, Parameters, Trust
 from privacy.refused import Refused
 
@@ -26,13 +26,13 @@ def summed(parameters: Parameters, number: int) -> tuple[Integers, Integers, byt
         fresh = random.integers(0, parameters.plain, (1, DEGREE), np.uint64)
         slots = (slots + fresh[0].astype(object)) % parameters.plain
         sent = memoryview(encryptor.encrypt(fresh))
-        rest = sent[encryption.POLYNOMIAL :]
+        rest = sent[coefficients.POLYNOMIAL :]
         if parameters.trust == "shared":
             expander.add(bytes(rest))
         else:
-            encryption.add(total[1], encryption.polynomial(rest, parameters), parameters)
-        encryption.add(total[0], encryption.polynomial(sent[: encryption.POLYNOMIAL], parameters), parameters)
-    encryption.add(total[1], expander.take()[0], parameters)
+            coefficients.add(total[1], coefficients.polynomial(rest, parameters), parameters)
+        coefficients.add(total[0], coefficients.polynomial(sent[: coefficients.POLYNOMIAL], parameters), parameters)
+    coefficients.add(total[1], expander.take()[0], parameters)
     return total, slots.astype(np.uint64), secret
 
 
@@ -102,7 +102,7 @@ def test_much_more_than_a_setting_bears_comes_out_wrong(trust: Trust, bears: int
     for _ in range(3):  # each of them eight times: eight times the noise
         slots = ((slots.astype(object) * 2) % parameters.plain).astype(np.uint64)
         for polynomial in total:
-            encryption.add(polynomial, polynomial.copy(), parameters)
+            coefficients.add(polynomial, polynomial.copy(), parameters)
     assert (encryption.Decryptor(parameters, secret).decrypt(total) != slots).any()
 
 
@@ -167,7 +167,7 @@ def test_an_integer_that_is_too_wide_is_refused() -> None:
 def test_upload_is_what_was_promised(trust: Trust) -> None:
     def upload(width: int) -> float:
         parameters = bfv.fit(trust, 1_663_370, width, 100)
-        return parameters.count * encryption.size(parameters) / (4 * parameters.entries)
+        return parameters.count * coefficients.size(parameters) / (4 * parameters.entries)
 
     assert upload(23) < {"split": 1.89, "shared": 0.95}[trust]
     assert upload(16) < {"split": 1.26, "shared": 0.64}[trust]
@@ -177,7 +177,7 @@ def test_addition_is_modular_at_its_edges() -> None:
     parameters = bfv.fit("split", 1, 23, 9)
     q = parameters.data_prime
     total = np.array([0, q - 1, q - 1, 1], np.uint64)
-    encryption.add(total, np.array([0, 1, q - 1, q - 1], np.uint64), parameters)
+    coefficients.add(total, np.array([0, 1, q - 1, q - 1], np.uint64), parameters)
     assert total.tolist() == [0, 0, q - 2, 0]
 
 
@@ -186,9 +186,9 @@ def test_addition_is_modular_at_its_edges() -> None:
 def test_packed_polynomials_come_back_and_are_a_string_of_60_bits_each(seed: int) -> None:
     parameters = bfv.fit("shared", 1, 23, 9)
     one = np.random.default_rng(seed).integers(0, parameters.data_prime, DEGREE, np.uint64)
-    data = encryption.packed(one)
-    assert len(data) == packing.size(DEGREE, 60) == encryption.POLYNOMIAL
-    assert (encryption.polynomial(memoryview(data), parameters) == one).all()
+    data = coefficients.packed(one)
+    assert len(data) == packing.size(DEGREE, 60) == coefficients.POLYNOMIAL
+    assert (coefficients.polynomial(memoryview(data), parameters) == one).all()
 
 
 def test_a_coefficient_above_the_prime_is_refused() -> None:
@@ -196,5 +196,5 @@ def test_a_coefficient_above_the_prime_is_refused() -> None:
     for place in (0, 14, 15, DEGREE - 1):
         one = np.zeros(DEGREE, np.uint64)
         one[place] = parameters.data_prime
-        with pytest.raises(encryption.Unreadable, match="not below the data prime"):
-            encryption.polynomial(memoryview(encryption.packed(one)), parameters)
+        with pytest.raises(coefficients.Unreadable, match="not below the data prime"):
+            coefficients.polynomial(memoryview(coefficients.packed(one)), parameters)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from privacy import encryption, envelope, packing
+from privacy import coefficients, envelope, packing
 from privacy.bfv import Trust
 from privacy.encrypted_sum import EncryptedSum, Protector, Rejected, update_address
 from privacy.expansion import Died
@@ -73,7 +73,7 @@ def crafted(cohort: Any) -> dict[str, tuple[bytes, str]]:
         return envelope.seal(there, body, keys.mac_key)
 
     body = bytes(envelope.open_(good, address, keys.mac_key))
-    above = encryption.packed(np.full(4096, parameters.data_prime, np.uint64))
+    above = coefficients.packed(np.full(4096, parameters.data_prime, np.uint64))
     expanded = sealed(bytes(4096 * 8 * 2), size=4096 * 8 * 2)
     return {
         "nothing": (b"", "0 bytes came"),
@@ -151,7 +151,7 @@ def test_a_client_that_seals_noise_crashes_nothing_and_its_sum_stays_closed(gath
     server, updates = cohort.sum(), cohort.updates()
     address = update_address(cohort.parameters, cohort.deal.key_id, cohort.run, 1, "silo-0")
     noise = np.random.default_rng(0).integers(0, cohort.parameters.data_prime, (2, 4096), np.uint64)
-    body = b"".join(map(encryption.packed, noise))[: address.size]
+    body = b"".join(map(coefficients.packed, noise))[: address.size]
     server.add("silo-0", envelope.seal(address, body, cohort.keys["silo-0"].mac_key))
     for name in ("silo-1", "silo-2"):
         server.add(name, updates[name])
@@ -199,7 +199,7 @@ def test_a_worker_that_hangs_is_not_waited_for_for_ever(gather: Gather, monkeypa
     cohort = gather("shared")
     monkeypatch.setattr("privacy.expansion._SECONDS", 0.2)
     with pytest.raises(Died):
-        cohort.worker.add(bytes(encryption.SEED - 1))
+        cohort.worker.add(bytes(coefficients.SEED - 1))
 
 
 def test_a_round_beyond_the_run_is_not_encrypted(gather: Gather) -> None:

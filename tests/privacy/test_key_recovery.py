@@ -9,7 +9,7 @@ import tenseal.sealapi as seal
 from sympy import ZZ
 from sympy.polys.matrices import DomainMatrix
 
-from privacy import encryption
+from privacy import coefficients, encryption
 from privacy.bfv import DEGREE, Integers, Parameters
 from privacy.encrypted_sum import seal as seal_sum
 from privacy.refused import Refused
@@ -155,7 +155,7 @@ def test_a_slot_of_one_client_cut_out_of_the_sum_passes_bare_pads_and_is_refused
     total = parts["silo-0"].copy()
     for name in ("silo-1", "silo-2", "silo-3", "silo-4"):
         for i in range(2):
-            encryption.add(total[i], times(parts[name][i], factor, parameters.data_prime), parameters)
+            coefficients.add(total[i], times(parts[name][i], factor, parameters.data_prime), parameters)
     shown = decryptor.decrypt(total)
     assert shown[1] == slots["silo-0"][1]  # one client's integers, out of a sum over five
     assert int(shown[0]) == sum(int(each[0]) for each in slots.values()) % parameters.plain  # and its tag is right

@@ -11,7 +11,7 @@ import tenseal.sealapi as seal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from privacy import bfv, encryption, key_letter, packing
+from privacy import bfv, coefficients, encryption, key_letter, packing
 from privacy.bfv import DEGREE, Integers, Trust
 from privacy.cohort_noise import CohortNoise
 from privacy.encrypted_sum import seal as seal_sum
@@ -43,7 +43,7 @@ class Attack:
     def plus(self, *ciphertexts: Integers) -> Integers:
         total = np.zeros_like(ciphertexts[0])
         for one in ciphertexts:
-            encryption.add(total, one, self.parameters)
+            coefficients.add(total, one, self.parameters)
         return total
 
     def all(self, *names: str) -> Integers:
