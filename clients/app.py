@@ -108,7 +108,7 @@ def _own(context: Context) -> "OwnLedger | None":
 def _here(context: Context) -> tuple["Node", str]:
     """(what this process has to train with, the name of this node's client).
 
-    A device is told both by its owner: `client`, `data`, `state`, `scenario` and `peers` in its node config. A simulated
+    A device is told both by its owner: `client`, `data`, `state`, `scenario`, `peers` in its node config. A simulated
     node is the partition-id'th of the sorted client names, and may be told its data folder by the run.
     """
     config, run = context.node_config, context.run_config

@@ -29,7 +29,7 @@ SIZES = {"a": 20, "b": 30, "c": 40, "d": 70}
 D = 6
 BASE = "local.batch=0 local.steps=10 local.rate=0.1 server.weighting=uniform rounds.number=40"
 SCAFFOLD = "local.scaffold=true"
-CODECS = ["float32", "float16", "int8", "topk:0.34"]
+CODECS = ["float32", "float16", "qsgd8", "topk:0.34"]
 
 
 @cache
@@ -195,7 +195,7 @@ def test_a_variate_that_overflows_leaves_the_round_unapplied_and_says_so(tmp_pat
 
 
 def test_a_run_cut_off_after_its_clients_answered_goes_on_to_the_same_bits(tmp_path: Path) -> None:
-    text = f"{SCAFFOLD} codec=int8 rounds.fraction=0.5"
+    text = f"{SCAFFOLD} codec=qsgd8 rounds.fraction=0.5"
     whole, _, _ = federate(tmp_path / "whole", f"{text} rounds.number=6")
     folder = RunFolder.create(tmp_path / "run", "made", Settings())
     state, rows, _ = federate(tmp_path / "cut", f"{text} rounds.number=3")
