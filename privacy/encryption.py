@@ -1,5 +1,8 @@
 """BFV through TenSEAL's binding of SEAL, the only door to tenseal: client half, server half and key holder's half.
 
+Guarantee: whoever lacks the secret key learns of an encrypted vector how many ciphertexts it fills and nothing else, as
+far as RLWE is hard at `Parameters.security_bits`; SEAL draws every encryption's randomness from the operating system.
+
 SEAL's own reader crashes on crafted bytes, so it is shown none: what travels are numbers (privacy/coefficients.py), and
 what SEAL reads is built here around numbers that were checked.
 
