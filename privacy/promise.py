@@ -119,5 +119,6 @@ def summed(made: Promise, unit: str, mode: str, trust: str, drawn: bool) -> Prom
         against = f"of an example: {_EXAMPLE.against}; of a client as a whole: {against}"
         server = "a client as a whole against the server, which reads sums of updates noised for single examples alone"
         reason = reason and f"a client as a whole against {reason}"
-    listed = (server, *([reason] if reason else []), *made.not_covered[1:])
+    few = "how many came to the end of a round: where too few did its sum is lost, which the next weights show"
+    listed = (server, *([reason] if reason else []), few, *made.not_covered[1:])
     return replace(made, against=against, not_covered=listed)

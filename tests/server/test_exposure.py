@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import binom
 
 from privacy import neighbours
 from privacy.neighbours import TENTH
+from privacy.refused import Refused
 from scenarios.settings import Settings, override
 from server import console, exposure, gather, guarantee, report, verify
 from server.results import protection
@@ -46,6 +48,22 @@ def test_names_told_under_masks_take_the_secret_draw_away_from_other_clients_alo
     assert epsilons["other_client"] is None
     assert "told each other's names" in epsilons["other_client_reason"]
     assert "draw is no secret" in epsilons["other_client_reason"]
+
+
+def test_a_draw_below_the_least_that_is_opened_is_part_of_delta(real_run):
+    """One client more would open a sum of several: that is no change by one clipping norm."""
+    masked = report_of(real_run("masked-secret"))["statement"]["delta"]["chance"]
+    assert masked == pytest.approx(3 * binom.cdf(2, 5, 0.97))
+    assert report_of(real_run("masked"))["statement"]["delta"]["chance"] == 0
+
+
+def test_draws_that_too_often_open_nothing_are_refused_with_the_way_out(run_real, tmp_path):
+    text = "privacy.unit=client privacy.epsilon=9 rounds.fraction=0.5 rounds.minimum=0"
+    with pytest.raises(Refused, match=r"below protect\.minimum=3 of 6 clients.*or set privacy\.sampling=fixed"):
+        run_real(tmp_path / "masked", f"{text} protect=masked")
+    assert (
+        run_real(tmp_path / "fixed", f"{text} protect=masked privacy.sampling=fixed privacy.epsilon=30")["rounds"] == 3
+    )
 
 
 def test_where_all_are_asked_names_tell_other_clients_nothing_new(real_run):
@@ -117,7 +135,7 @@ def test_a_masked_client_is_said_to_send_what_the_rounds_counted(real_run):
 
 def test_secret_rounds_count_the_bytes_of_the_cohort_expected_by_the_same_figure(real_run):
     found = report_of(real_run("masked-secret"))
-    assert found["bytes"]["up"] == 3 * 5 * found["protect"]["upload_bytes_per_client"]
+    assert found["bytes"]["up"] == 3 * 6 * found["protect"]["upload_bytes_per_client"]
 
 
 def test_the_figures_of_the_protocol_are_those_of_the_cohort_and_null_without_it(real_run):
