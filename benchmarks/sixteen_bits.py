@@ -2,8 +2,9 @@
 
     python benchmarks/sixteen_bits.py [--seeds N] [--mnist N] [--json FILE]
 
-Without privacy, by the settings of the scenario's reference for that, so that nothing but the rounding differs; `final` is the accuracy of the averaged weights on held-out
-data, as in report.json. `mnist` for 10 rounds, where UMBEL_DATA names a folder that has it.
+Without privacy, by the settings of the scenario's reference for that, so that nothing but the rounding differs; the
+accuracy is that of the averaged weights on held-out data, as in report.json. `mnist` for 10 rounds, where UMBEL_DATA
+names a folder that has it.
 """
 
 import argparse
