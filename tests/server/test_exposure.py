@@ -11,7 +11,7 @@ from privacy import neighbours
 from privacy.neighbours import TENTH
 from privacy.refused import Refused
 from scenarios.settings import Settings, override
-from server import console, exposure, gather, guarantee, report, verify
+from server import console, exposure, gather, guarantee, proof, report, verify
 from server.results import protection
 
 MODES = (
@@ -121,6 +121,15 @@ def test_noise_of_the_client_holds_against_all_however_updates_travel(real_run, 
     found = report_of(real_run(kind))
     changed = against(found, mode=mode, trust="shared" if mode == "encrypted" else None)
     assert {changed[who] for who in ("report_reader", "other_client", "server")} == {found["privacy"]["worst_epsilon"]}
+
+
+def test_a_key_holder_that_reads_sums_is_bounded_by_what_bounds_the_server(real_run):
+    for kind, bounded in (("client", False), ("local", True)):
+        found = report_of(real_run(kind))
+        found["protect"] |= {"mode": "encrypted", "trust": "split"}
+        holder = next(one for one in proof.parties(found) if one["party"] == "key holder")
+        assert (holder["epsilon"] is not None) == bounded
+        assert bounded or holder["reason"] == found["statement"]["epsilon"]["adversaries"]["server_reason"]
 
 
 # ---- Figures ----
