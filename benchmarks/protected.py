@@ -1,11 +1,14 @@
-"""Encrypted sums beside NVFLARE's parameters (CKKS 8192 [60, 40, 40], scale 2^40, symmetric) on the same flat vector.
+"""Protected sums beside NVFLARE's parameters (CKKS 8192 [60, 40, 40], scale 2^40, symmetric) on the same flat vector.
 
-    python benchmarks/protected.py [--entries N] [--clients N] [--repeats N] [--json FILE]
+    python benchmarks/protected.py [--entries N] [--clients N] [--cohort N] [--repeats N] [--json FILE]
 
-One core, CPU time, medians over the repeats, both in the same run. Client: from integers (NVFLARE: from floats) to
-bytes; server: what one client costs, in `shared` the worker process with it; opening: from the bytes of the aggregate
-to integers, checks included. Upload is a multiple of fp32. Memory: by how many MB the server's peak grew after two
-updates were in, and what the worker process has. Stall: the longest that another thread waited during one encryption.
+One core, CPU time, medians over the repeats, all in the same run. Integers: from an update of length C to integers of
+the grid of C, which is rotated at 9 bits. Client: from integers (NVFLARE: from floats) to bytes; of masks all stages of
+a round of `cohort` clients, of which a third drops once it has shared. Its ratio counts the integers with it. Server:
+what one client costs, in `shared` the worker process with it, of masks its part of the unmasking. Opening: from the
+bytes of the aggregate to integers, checks included; of masks the unmasking, once a round. Upload is a multiple of fp32.
+Memory: by how many MB the server's peak grew after two updates were in, and what the worker process has. Stall: the
+longest that another thread waited during one encryption or masking.
 """
 
 import argparse
@@ -22,14 +25,17 @@ from typing import Any
 
 import numpy as np
 import tenseal as ts
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from privacy import bfv, key_letter, packing
+from privacy import bfv, frames, key_letter, masks, packing
 from privacy.bfv import Trust
 from privacy.encrypted_sum import EncryptedSum, Protector
 from privacy.expansion import Worker
+from privacy.frames import Attempt, Rules, Stage
+from privacy.integers import Grid
 from privacy.keyholder import KeyHolder
+from privacy.transcript import FileStore
 
 CASES: dict[str, tuple[Trust, int]] = {
     "split, 16 bits": ("split", 16),
@@ -37,43 +43,133 @@ CASES: dict[str, tuple[Trust, int]] = {
     "split, 9 bits": ("split", 9),
     "shared, 9 bits": ("shared", 9),
 }
+BITS = (16, 9)
 MOST = 100
 _BASE = "NVFLARE's parameters"
+_COLUMNS = {
+    "upload": ("upload", ".3f"),
+    "integers": ("integers s", ".3f"),
+    "client": ("client s", ".3f"),
+    "client ratio": ("ratio", ".3f"),
+    "server": ("server s", ".4f"),
+    "server ratio": ("ratio", ".3f"),
+    "opening": ("opening s", ".3f"),
+    "growth": ("MB more", ".0f"),
+    "worker": ("worker", ".0f"),
+    "stall": ("stall ms", ".1f"),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=int, default=1_663_370)
-    parser.add_argument("--clients", type=int, default=16, help="updates that are added; each costs the same")
+    parser.add_argument("--clients", type=int, default=16, help="ciphertexts that are added; each costs the same")
+    parser.add_argument("--cohort", type=int, default=MOST, help="clients of a masked round, on which k depends")
     parser.add_argument("--repeats", type=int, default=5, help="encryptions that are timed")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    rows = {name: ours(*case, options.entries, options.clients, options.repeats) for name, case in CASES.items()}
-    rows[_BASE] = nvflare(options.entries, options.repeats)
-    base = rows[_BASE]
-    print(f"{options.entries} entries, {options.clients} clients, medians of {options.repeats}")
-    header = (
-        "",
-        "upload",
-        "client s",
-        "ratio",
-        "server s",
-        "ratio",
-        "opening s",
-        "MB more",
-        "worker",
-        "stall ms",
-    )
-    print(("{:22}" + "{:>10}" * 9).format(*header))
-    for name, row in rows.items():
-        ratios = (row["client"] / base["client"], row["server"] / base["server"])
-        print(
-            f"{name:22}{row['upload']:10.3f}{row['client']:10.3f}{ratios[0]:10.3f}{row['server']:10.4f}{ratios[1]:10.3f}"
-            f"{row['opening']:10.3f}{row['growth']:10.0f}{row['worker']:10.0f}{row['stall']:10.1f}"
-        )
+    found = costs(options)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def costs(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Measure and print every row."""
+    whole = {bits: clear(bits, options.entries, options.repeats) for bits in BITS}
+    rows = {f"in the clear, {bits} bits": whole[bits] for bits in BITS}
+    for bits in BITS:
+        rows[f"masked, {bits} bits"] = masked(bits, options.entries, options.cohort)
+    rows |= {name: ours(*case, options.entries, options.clients, options.repeats) for name, case in CASES.items()}
+    for name, row in rows.items():
+        row["integers"] = whole[16 if "16" in name else 9]["integers"]
+    rows[_BASE] = nvflare(options.entries, options.repeats) | {"integers": 0.0}
+    base = rows[_BASE]
+    for row in rows.values():
+        row["client ratio"] = (row["integers"] + row["client"]) / base["client"]
+        row["server ratio"] = row["server"] / base["server"]
+    print(f"{options.entries} entries, masks of {options.cohort} clients, medians of {options.repeats}")
+    print(f"{'':24}" + "".join(f"{title:>11}" for title, _ in _COLUMNS.values()))
+    for name, row in rows.items():
+        print(f"{name:24}" + "".join(f"{row[key]:11{form}}" for key, (_, form) in _COLUMNS.items()))
+    return rows
+
+
+def clear(bits: int, entries: int, repeats: int) -> dict[str, float]:
+    """What integers cost that nothing hides."""
+    grid, draw = Grid.default(entries - 2, bits, MOST, 1.0, 0), np.random.default_rng(0)
+    update = draw.standard_normal(grid.size).astype(np.float32)
+    update /= np.linalg.norm(update)
+    made = [timed(lambda seed=seed: grid.quantize(update, 0.5, True, seed)) for seed in range(repeats)]
+    integers = made[0][1]
+    packed = [timed(lambda: packing.pack(integers, bits)) for _ in range(repeats)]
+    total = np.zeros(entries, np.uint64)
+
+    def add() -> None:
+        sent = packing.unpack(packed[0][1], entries, bits)
+        grid.check(sent)
+        total[:] += sent
+
+    return {
+        "upload": len(packed[0][1]) / (4 * entries),
+        "integers": statistics.median(seconds for seconds, _ in made),
+        "client": statistics.median(seconds for seconds, _ in packed),
+        "server": statistics.median(timed(add)[0] for _ in range(repeats)),
+        "opening": 0.0,
+        "growth": 0.0,
+        "worker": 0.0,
+        "stall": 0.0,
+    }
+
+
+def masked(bits: int, entries: int, cohort: int) -> dict[str, float]:
+    """One round of a cohort, of which a third drops once it has shared; medians over those that stay."""
+    rules = Rules(entries, bits + (MOST - 1).bit_length(), max(3, cohort // 2))
+    identities = {f"silo-{i:04}": Ed25519PrivateKey.generate() for i in range(cohort)}
+    known = {name: key.public_key().public_bytes_raw() for name, key in identities.items()}
+    gone = set(list(known)[::3][: cohort // 3])
+    integers = np.random.default_rng(0).integers(0, 1 << bits, entries, np.uint64)
+    server = masks.Server(Attempt(frames.run_id("bench", rules), 1, 1), rules, known, list(known))
+    client, sent, serving = dict.fromkeys(known, 0.0), dict.fromkeys(known, 0), 0.0
+    stall, peaks = 0.0, [0.0, 0.0]
+    with tempfile.TemporaryDirectory() as folder:
+
+        def member(name: str) -> masks.Client:
+            return masks.Client(name, identities[name], known, "bench", rules, FileStore(Path(folder) / name))
+
+        while True:
+            seconds, requests = timed(server.ask)
+            serving += seconds
+            if not requests:
+                break
+            turn = server.stage is Stage.MASK
+            if turn:  # one whose vector is not heard
+                name = min(gone)
+                stall = stalled(lambda name=name, asked=requests[name]: member(name).answer(asked, integers))
+            for name in known.keys() - gone if server.stage >= Stage.MASK else known:
+                seconds, answer = timed(lambda name=name, asked=requests[name]: member(name).answer(asked, integers))
+                client[name], sent[name] = client[name] + seconds, sent[name] + len(answer)
+                (Path(folder) / f"{name}.sent").write_bytes(answer)
+            del answer
+            for i, name in enumerate(sorted(known.keys() - gone if server.stage >= Stage.MASK else known)):
+                answer = (Path(folder) / f"{name}.sent").read_bytes()
+                seconds, _ = timed(lambda name=name, answer=answer: server.hear(name, answer))
+                serving += seconds
+                if turn and i == 1:
+                    peaks[0] = forget_peak()
+            peaks[1] = peak() if turn else peaks[1]
+    unmasking, found = timed(server.result)
+    stay = len(known) - len(gone)
+    assert (found.values == stay * integers).all()
+    return {
+        "upload": statistics.median(sent[name] for name in known.keys() - gone) / (4 * entries),
+        "client": statistics.median(client[name] for name in known.keys() - gone),
+        "server": (serving + unmasking) / cohort,
+        "opening": unmasking,
+        "growth": peaks[1] - peaks[0],
+        "worker": 0.0,
+        "stall": stall,
+    }
 
 
 def ours(trust: Trust, bits: int, entries: int, clients: int, repeats: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
-"""The figures of docs/privacy.md and sharp-edges.md, drawn from the accountants: `make docs` runs it, a test compares.
+"""The figures of docs/privacy.md, sharp-edges.md and protected.md: `make docs` runs it, a test compares.
 
-The client of all figures has 200 examples, batches of 20, 10 local steps in each of 50 rounds, and the noise that costs
-it epsilon 8 at delta 1 / 2000.
+Curves come from the accountants. The client of all of them has 200 examples, batches of 20, 10 local steps in each of
+50 rounds, and the noise that costs it epsilon 8 at delta 1 / 2000.
 """
 
 import io
@@ -229,6 +229,66 @@ def delta(figure: Figure) -> None:
     axes.set_ylabel("epsilon")
 
 
+def protection(figure: Figure) -> None:
+    """Both ways to hide updates: three clients, the server, and who takes off what hides their sum."""
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    axes.set_xlim(-1, 101)
+    axes.set_ylim(-6, 103)
+    masked = ("x₁ + p₁ + m₁₂ + m₁₃", "x₂ + p₂ − m₁₂ + m₂₃", "x₃ + p₃ − m₁₃ − m₂₃")
+    _way(axes, 60, "masked", masked, "adds: the m cancel\n\nx₁ + x₂ + x₃\n+ p₁ + p₂ + p₃", "no single x")
+    _box(axes, 77, 60 + 7.5, 23, 23, "the same clients\n\nsign who survived, then\ngive shares of each p", GREEN)
+    _arrow(axes, (66.5, 60 + 24), (76.5, 60 + 24), MUTED, "who is in it")
+    _arrow(axes, (76.5, 60 + 14), (66.5, 60 + 14), GREEN, "p₁, p₂, p₃")
+    axes.text(
+        0,
+        60 - 1.5,
+        "x: a client's integers; p: its own pad; m₁₂: the pad that clients 1 and 2 share. Had client 3 dropped, the\n"
+        "others would give shares of its mask key instead, which makes m₁₃ and m₂₃: nothing of x₃ is in the sum then.",
+        color=MUTED,
+        fontsize=9.5,
+        va="top",
+        linespacing=1.4,
+    )
+    encrypted = ("Enc(x₁, tag₁)", "Enc(x₂, tag₂)", "Enc(x₃, tag₃)")
+    _way(axes, 4, "encrypted", encrypted, "adds what it\ncannot read\n\nEnc(sum of x, of tags)", "no key")
+    _box(axes, 77, 4 + 7.5, 23, 23, "key holder\n\ntags right? enough in it?\nfirst time? then it opens", PURPLE)
+    _arrow(axes, (66.5, 4 + 24), (76.5, 4 + 24), ORANGE, "one sum")
+    _arrow(axes, (76.5, 4 + 14), (66.5, 4 + 14), PURPLE, "x₁ + x₂ + x₃")
+    axes.text(
+        0,
+        4 - 1.5,
+        "Orange: what is sent hidden. A tag is what only this client and the key holder can compute, for this round:\n"
+        "a sum with a client too many, too few or twice has a wrong one and stays closed.",
+        color=MUTED,
+        fontsize=9.5,
+        va="top",
+        linespacing=1.4,
+    )
+
+
+def _way(axes: Axes, y: float, mode: str, sent: tuple[str, ...], server: str, less: str) -> None:
+    """Three clients that send, a server that adds; `less`: what it does not have."""
+    axes.text(0, y + 40.5, f"protect={mode}", family="DejaVu Sans Mono", fontsize=10.5)
+    for x, who in ((14, "clients"), (54, f"the server: {less}")):
+        axes.text(x, y + 36, who, ha="center", color=MUTED, fontsize=9.5)
+    for i, text in enumerate(sent):
+        _box(axes, 1, y + 24 - 11 * i, 27, 9, text, BLUE)
+        _arrow(axes, (28.5, y + 28.5 - 11 * i), (41.5, y + 22.5 - 4 * i), ORANGE)
+    _box(axes, 42, y + 7.5, 24, 23, server, LINE)
+
+
+def _box(axes: Axes, x: float, y: float, width: float, height: float, text: str, edge: str) -> None:
+    corner = "round,pad=0,rounding_size=1.5"
+    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=corner, fc="#f6f8fa", ec=edge))
+    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9.5, linespacing=1.35)
+
+
+def _arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, text: str = "") -> None:
+    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=12, color=colour, lw=1.6))
+    axes.text((start[0] + end[0]) / 2, start[1] + 1.5, text, ha="center", color=colour, fontsize=8)
+
+
 FIGURES: dict[str, tuple[Callable[[Figure], None], tuple[float, float]]] = {
     "units.svg": (units, (8.2, 6.1)),
     "delta-of-epsilon.svg": (curve, (6.4, 3.4)),
@@ -236,6 +296,7 @@ FIGURES: dict[str, tuple[Callable[[Figure], None], tuple[float, float]]] = {
     "who-pays.svg": (sampling, (6.4, 3.4)),
     "attacker.svg": (attacker, (6.4, 3.4)),
     "choice-of-delta.svg": (delta, (6.4, 3.4)),
+    "protection.svg": (protection, (8.2, 7.4)),
 }
 
 

@@ -113,11 +113,13 @@ def plan(
     most: float,
     fixed: bool = False,
     setting: str = "privacy.epsilon",
+    floor: str = "rounds.minimum",
 ) -> Plan:
     """The one plan that all clients share: each of `rounds` rounds is a step of it, drawn or not.
 
     A draw of fewer than `minimum` clients is not released, which tells something about who was drawn: the chance that
     it happens in any round is taken off delta. `fixed`: every draw is of exactly rate x clients, so there is none.
+    setting, floor: the names of what set `epsilon` and `minimum`.
     Raises Refused when that chance is above a tenth of delta, when delta is so large that it allows to publish a
     client, or when more noise than `most` would be needed.
     """
@@ -126,9 +128,9 @@ def plan(
     population = clients if fixed else 0
     if chance > delta / 10:
         raise Refused(
-            f"a draw falls below rounds.minimum={minimum} of {clients} clients with a chance of {chance:.2g} in "
+            f"a draw falls below {floor}={minimum} of {clients} clients with a chance of {chance:.2g} in "
             f"{rounds} rounds, more than a tenth of delta={delta:g}: raise rounds.fraction={rate:g}, "
-            "or set rounds.minimum=0"
+            + ("or set rounds.minimum=0" if floor == "rounds.minimum" else "or set privacy.sampling=fixed")
         )
     left = delta - chance
     with np.errstate(over="ignore"):  # dp-accounting divides by what is left of a mass next to 0

@@ -96,3 +96,29 @@ def promise(unit: str, sampling: str = "poisson", bands: int = 1) -> Promise:
         noise = f"{made.noise}, correlated over {bands} rounds (DP-FTRL by a banded matrix)"
         return replace(made, not_covered=listed, noise=noise)
     return made
+
+
+def summed(made: Promise, unit: str, mode: str, trust: str, drawn: bool) -> Promise:
+    """`made` where the server reads sums of updates alone (protect.mode, protect.trust).
+
+    drawn: whether the promise counts on nobody but the server knowing who takes part in a round.
+    """
+    if mode == "none" or unit not in ("client", "both"):
+        return made
+    others, reason = "", ""
+    if mode == "masked" and drawn:
+        others = "nor other clients, whom masks tell who takes part in their rounds"
+        reason = "other clients: those of a round are told each other's names, so its draw is no secret to them"
+    if mode == "encrypted" and trust == "shared":
+        others = "nor other clients, which hold the secret key"
+        reason = "other clients: each holds the key that opens the sums, before noise is added to them"
+    against = f"readers of the model and of this report{'' if others else ', and other clients'}; not the server, "
+    against += f"which reads the sum of each round's updates before the noise is added{', ' if others else ''}{others}"
+    server = "the server: it reads the exact sum of each round's updates, without noise, and who took part"
+    if unit == "both":
+        against = f"of an example: {_EXAMPLE.against}; of a client as a whole: {against}"
+        server = "a client as a whole against the server, which reads sums of updates noised for single examples alone"
+        reason = reason and f"a client as a whole against {reason}"
+    few = "how many came to the end of a round: where too few did its sum is lost, which the next weights show"
+    listed = (server, *([reason] if reason else []), few, *made.not_covered[1:])
+    return replace(made, against=against, not_covered=listed)

@@ -9,8 +9,8 @@ from privacy import frames, neighbours
 from privacy.frames import NAME, SIGNATURE, Attempt, Rules, Stage
 from privacy.neighbours import Degree, Graph
 
-_KEYS = 4 * 32
-_ENTRY = NAME + _KEYS + SIGNATURE
+KEYS = 4 * 32
+_ENTRY = NAME + KEYS + SIGNATURE
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Advert:
 
 def read_advert(data: bytes, attempt: Attempt, name: str, identity: bytes) -> Advert:
     """The advert in a client's answer; ValueError says why it is none."""
-    body = frames.read(data, attempt, Stage.ADVERTISE, name, identity, _KEYS)
+    body = frames.read(data, attempt, Stage.ADVERTISE, name, identity, KEYS)
     nonce, mask_key, share_key, self_mask = frames.slots(body, 32)
     return Advert(name, nonce, mask_key, share_key, self_mask, data[-SIGNATURE:])
 

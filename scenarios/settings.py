@@ -117,7 +117,9 @@ class Privacy(Section):
 
 class Protect(Section):
     mode: Literal["none", "encrypted", "masked"] = Field(
-        "none", description="how updates are hidden from the server, which learns their sum; also written protect=MODE"
+        "none",
+        description="how updates are hidden from the server, which learns their sum: none; masked, by pads of the "
+        "clients that cancel; encrypted, under a key that it has not. Also written protect=MODE",
     )
     trust: Literal["split", "shared"] = Field(
         "split", description="encrypted: who can open a sum: a key holder apart from the server, or the clients"

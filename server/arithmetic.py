@@ -199,7 +199,7 @@ def _plan(report: Report) -> Iterator[str]:
 
 
 def _protected(report: Report) -> Iterator[str]:
-    """The grid of the integers, from the settings, the clipping norm at the end and the number of values."""
+    """The grid, the bytes and who learns what, from the settings, the norm at the end, the values and the clients."""
     said, clients, tree = report["protect"], report["privacy"]["clients"], dict[str, Any]()
     for name, value in report["settings"].items():
         section, dot, last = name.rpartition(".")
@@ -213,7 +213,8 @@ def _protected(report: Report) -> Iterator[str]:
             clip = settings.privacy.clip
         by_update = settings.privacy.by_client or settings.privacy.unit == "local"
         grid = upload.grid(settings, said["values"], 1, clip if by_update else 0.0, noise)
-        found = gather.told(settings, said["values"], grid)
+        fleet = report["fleet"]
+        found = gather.told(settings, said["values"], grid, fleet["clients"], fleet["runtime"])
     except ValueError as error:  # of pydantic, of a grid that cannot be
         yield f"protect cannot follow from the settings: {str(error).splitlines()[0]}"
         return

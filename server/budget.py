@@ -7,7 +7,7 @@ from privacy import accounting, cohort_noise, fixed_size, local_noise, matrix_no
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios.settings import Settings
-from server.select import cohort_size, local_steps, sampling_rate
+from server.select import cohort_size, least_summed, local_steps, sampling_rate
 
 
 def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
@@ -69,7 +69,10 @@ def _whole(clients: int, settings: Settings, total: int, epsilon: float) -> Plan
         rate = fixed_size.rate(clients, cohort_size(clients, settings))
     limits = wanted.delta, wanted.update_norm, wanted.max_noise, fixed
     named = "privacy.client_epsilon" if wanted.client_epsilon else "privacy.epsilon"
-    return cohort_noise.plan(clients, rate, total, asked.minimum, epsilon, *limits, named)
+    floor, minimum = "rounds.minimum", asked.minimum
+    if settings.protect.mode != "none" and (least := least_summed(clients, settings)) > minimum:
+        floor, minimum = "protect.minimum", least  # below it no sum is opened, and the model shows that
+    return cohort_noise.plan(clients, rate, total, minimum, epsilon, *limits, named, floor)
 
 
 def _below_one_over_n(delta: float | None, name: str, client: Hello) -> None:

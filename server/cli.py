@@ -60,6 +60,8 @@ def run(
     """Run a scenario: federated rounds, references, pruning, export to ONNX, report.
 
     Example: umbel run digits --set "privacy.epsilon=3" --seed 7 --out runs/mine
+
+    Hide single updates from the server: --set "protect=masked", or encrypted; docs/protected.md says from whom.
     """
     from scenarios import load
     from scenarios.settings import override

@@ -189,8 +189,8 @@ def _privacy(run: results.Report) -> RenderableType:
     if not privacy["guarantee"]:
         warning = Text(units.printable(f"{results.alarm(run)}: {privacy['why_not']}"), style="bold red")
         parts.append(Padding(warning, (0, 2)))
+    table = _facts(align="left")
     if privacy["unit"] != "none":
-        table = _facts(align="left")
         worst, allowed = units.epsilon(privacy["worst_epsilon"]), units.epsilon(privacy["epsilon"])
         table.add_row("Worst client", f"ε {worst} of {allowed} allowed")
         table.add_row("Median client", f"ε {units.epsilon(privacy['median_epsilon'])}")
@@ -207,8 +207,9 @@ def _privacy(run: results.Report) -> RenderableType:
                 f"{who} {'no bound' if against[k] is None else f'ε {units.epsilon(against[k])}'}" for who, k in known
             )
             table.add_row("Against each", ", ".join(bounds))
-        parts.append(table)
-    return Group(*parts)
+    if run.get("protect", {"mode": "none"})["mode"] != "none":
+        table.add_row("Updates", results.protection(run))
+    return Group(*parts, *([table] if table.row_count else []))
 
 
 def _cost(run: results.Report) -> RenderableType:

@@ -11,10 +11,10 @@ from clients.task import Hello
 from clients.training import Node
 from privacy import certificate, dp_sgd
 from privacy.plan import History, Plan
-from privacy.promise import promise
+from privacy.promise import promise, summed
 from scenarios.settings import Settings, knobs
 from scenarios.weights import flatten
-from server import gather, select
+from server import exposure, gather, select
 from server.accounts import Accounts, Cost
 from server.state import Row, Score, ServerState, Spent
 
@@ -60,7 +60,7 @@ def collect(
         },
         "reference": {key: value for key, value in compared.items() if key != "seconds"},
         "privacy": _privacy(node, state, roster, plans, tests, accounts, compared),
-        "protect": _protect(node, state, plans),
+        "protect": _protect(node, state, plans, len(roster), runtime),
         "bytes": {key: sum(row[f"bytes_{key}"] for row in rows) for key in ("up", "down")},
         "fleet": {
             "profile": settings.fleet.profile,
@@ -90,7 +90,9 @@ def _privacy(
     compared: Mapping[str, Any],
 ) -> dict[str, Any]:
     wanted = node.settings.privacy
+    protect = node.settings.protect
     made = promise(wanted.unit, wanted.sampling, wanted.bands)
+    made = summed(made, wanted.unit, protect.mode, protect.trust, select.secret(node.settings))
     why_not = None
     if wanted.unit == "none":
         why_not = "no privacy was asked for (privacy.unit=none)"
@@ -154,11 +156,11 @@ def _privacy(
     }
 
 
-def _protect(node: Node, state: ServerState, plans: Mapping[str, Plan]) -> dict[str, Any]:
-    """How updates of the unpruned model travel, on the grid of the last round."""
+def _protect(node: Node, state: ServerState, plans: Mapping[str, Plan], clients: int, runtime: str) -> dict[str, Any]:
+    """How updates of the unpruned model travel, on the grid of the last round, and who can learn what of them."""
     settings, size = node.settings, len(flatten(node.template))
     grid = gather.grid(settings, plans, size, state.round, state.clip or settings.privacy.update_norm)
-    return gather.told(settings, size, grid)
+    return gather.told(settings, size, grid, clients, runtime)
 
 
 class _Spending(NamedTuple):
@@ -203,7 +205,7 @@ def _not_covered(node: Node, promised: Sequence[str], compared: Mapping[str, Any
         texts.insert(0, "test accuracy and loss that the clients computed, released without noise")
     if any(value is not None for name, value in compared.items() if name.endswith("accuracy")):
         texts.append("the accuracies of the reference runs, which train on the clients' data without privacy")
-    return texts
+    return [*texts, exposure.besides(node.settings)]
 
 
 def _left_out(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -12,9 +12,11 @@ import numpy as np
 
 from clients import upload
 from clients.task import Hello, Reply, Task
+from privacy import lengths, roster
 from privacy.integers import Grid, Integers
 from privacy.plan import Plan
 from scenarios.settings import Settings
+from server import exposure, select
 from server.combine import Summed
 
 Read = TypeVar("Read")
@@ -70,9 +72,22 @@ def grid(settings: Settings, plans: Mapping[str, Plan], size: int, number: int, 
     return upload.grid(settings, size, number, clip if wanted.by_client or wanted.unit == "local" else 0.0, noise)
 
 
-def told(settings: Settings, size: int, grid: Grid | None) -> dict[str, Any]:
-    """What the report says of how updates (P,) travel."""
-    mode = settings.protect.mode
+def sent(settings: Settings, size: int, clients: int) -> int:
+    """Bytes that one client sends in a round for its update (P,), every stage of a masked sum among them.
+
+    clients: of the fleet; the number of neighbours is that of the cohort expected, of whom nobody drops.
+    """
+    if settings.protect.mode == "masked":
+        drawn, rules = select.cohort_size(clients, settings), exposure.rules(settings, size, clients)
+        return sum(lengths.sent(drawn, rules).values())
+    return upload.size(settings, size)
+
+
+def told(settings: Settings, size: int, grid: Grid | None, clients: int, runtime: str) -> dict[str, Any]:
+    """What the report says of how updates (P,) travel, and of who can learn what of them; clients: of the fleet."""
+    mode, degree = settings.protect.mode, None
+    if mode == "masked":
+        degree = roster.degree(select.cohort_size(clients, settings), exposure.rules(settings, size, clients))
     return {
         "mode": mode,
         "trust": settings.protect.trust if mode == "encrypted" else None,
@@ -82,5 +97,12 @@ def told(settings: Settings, size: int, grid: Grid | None) -> dict[str, Any]:
         "rotated": grid.rotation is not None if grid else None,
         "norm": grid.norm if grid and grid.clip else None,
         "max_clients": grid.clients if grid else None,
-        "upload_bytes_per_client": upload.size(settings, size),
+        "parameters": None,
+        "security_bits": None,
+        "minimum": None if mode == "none" else select.least_summed(clients, settings),
+        "neighbours": degree.neighbours if degree else None,
+        "threshold": degree.threshold if degree else None,
+        "quorum": degree.quorum if degree else None,
+        "upload_bytes_per_client": sent(settings, size, clients),
+        "who_learns": exposure.who_learns(settings, size, clients, runtime),
     }

@@ -145,7 +145,8 @@ class Epsilon(Group):
     curve: list[Point] | None = meaning("delta(epsilon) of the costliest client, an upper bound at every point")
     curve_accountant: str | None = meaning("how the curve was computed")
     whole: Spread | None = meaning(
-        "`both`: of clients as a whole; holds against readers and other clients, not the server"
+        "`both`: of clients as a whole; holds against readers and other clients, unless `adversaries` says otherwise, "
+        "and not against the server"
     )
     whole_reason: str | None = None
     tests: Spread | None = meaning("`evaluation.epsilon`: of the clients' test examples; holds against everyone")

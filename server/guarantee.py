@@ -10,7 +10,7 @@ import numpy as np
 from privacy import accounting, certificate, renyi
 from privacy.filter import filtered
 from privacy.plan import Mechanism
-from server.wording import OTHER_CLIENT, REPORT_READER, SERVER, UNITS
+from server.wording import OTHER_CLIENT, REPORT_READER, SERVER, UNITS, beside, unprotected
 
 Report = Mapping[str, Any]
 Group = dict[str, Any]
@@ -88,7 +88,7 @@ def derived(report: Report) -> dict[str, Group]:
             "curve": points,
             "whole": spread(second["whole"]),
             "tests": spread(second["tests"]),
-            "adversaries": adversaries(privacy),
+            "adversaries": adversaries(report),
         },
         "composition": {"this_run": worst["epsilon"], **totals(clients), "adaptive": adaptive(stated, own)},
         "interpretation": {
@@ -128,21 +128,27 @@ def gaussian(clients: Sequence[Mapping[str, Any]]) -> Group:
     return {"zcdp_rho": mu_squared / 2, "gdp_mu": math.sqrt(mu_squared)}
 
 
-def adversaries(privacy: Mapping[str, Any]) -> Group:
-    """Epsilon against the report's reader, another client and the server; null with the reason where none holds."""
-    words, worst = UNITS.get(privacy["unit"]), costliest(privacy["clients"])
+def adversaries(report: Report) -> Group:
+    """Epsilon against the report's reader, another client and the server; null with the reason where none holds.
+
+    Under `both` the figure is that of an example; a reason beside it says that none of a client as a whole holds.
+    """
+    privacy, protect = report["privacy"], report["protect"]
+    unit, worst = privacy["unit"], costliest(privacy["clients"])
+    drawn = unit in ("client", "both") and report["settings"]["rounds.fraction"] < 1
+    way = unit, protect["mode"], protect["trust"], drawn
     found: Group = {"reason": None}
     for who in (REPORT_READER, OTHER_CLIENT, SERVER):
         if worst is None:
             why: str | None = _NONE
         elif not privacy["guarantee"]:
             why = privacy["why_not"]
-        elif words is None:
-            why = f"not worked out for privacy.unit={privacy['unit']}; it holds against: {privacy['against']}"
+        elif unit not in UNITS:
+            why = f"not worked out for privacy.unit={unit}; it holds against: {privacy['against']}"
         else:
-            why = None if who in words.protects_from else words.unprotected
+            why = unprotected(who, *way)
         found[who] = None if why or worst is None else worst["epsilon"]
-        found[f"{who}_reason"] = why
+        found[f"{who}_reason"] = why or (beside(who, *way) if unit in UNITS and privacy["guarantee"] else None)
     return found
 
 

@@ -44,8 +44,11 @@ def parties(report: Report) -> Iterator[dict[str, Any]]:
     """{party, sees, before_noise, epsilon, reason} for each; epsilon is null where none bounds it or is needed."""
     stated = report["statement"]
     against = stated["epsilon"]["adversaries"]
+    whom = _AGAINST
+    if report.get("protect", {}).get("mode") == "encrypted":  # an older Umbel has no such group
+        whom = {**_AGAINST, "key holder": "server"}  # it reads the same sums
     for party in stated["trust"]["parties"]:
-        key = _AGAINST.get(party["party"])
+        key = whom.get(party["party"])
         why = "it sees no other's data" if key is None else against[f"{key}_reason"]
         yield {**party, "epsilon": None if key is None else against[key], "reason": why}
 

@@ -12,7 +12,19 @@ from server import figures, page, paper, proof, units
 from server.figures import Series
 from server.proof import Drawn
 from server.publish import renew
-from server.results import Report, Row, accuracies, alarm, chosen, command, load, load_rounds, over, traffic
+from server.results import (
+    Report,
+    Row,
+    accuracies,
+    alarm,
+    chosen,
+    command,
+    load,
+    load_rounds,
+    over,
+    protection,
+    traffic,
+)
 
 __all__ = ["load", "write"]
 
@@ -47,6 +59,7 @@ def write(folder: Path, key: str = "", pdf: bool = False) -> Path:
         unapplied=sum(not row["applied"] for row in rows),
         left_out=_left_out(rows, report),
         command=command(report),
+        protection=protection(report),
         **(_statement(report) if "statement" in report else {}),  # an older Umbel wrote none
     )
     if pdf:
@@ -96,6 +109,8 @@ def _verdict(report: Report) -> Iterator[str]:
         whom, what = "anyone", "one example of a client"
         if privacy["unit"] == "client":
             whom, what = "anyone but the server", "one client, all its examples together,"
+            if "statement" in report and report["statement"]["epsilon"]["adversaries"]["other_client"] is None:
+                whom += " and other clients"
         if privacy["unit"] == "local":
             what = "one client, all its examples together,"
         yield (

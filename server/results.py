@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from privacy.refused import Refused
+from server import units
 
 Report = dict[str, Any]
 """report.json."""
@@ -90,6 +91,19 @@ def accuracies(report: Report) -> list[dict[str, Any]]:
         (f"Edge model{held}", edge["accuracy"], "no edge model was made" if not edge["variants"] else ""),
     ]
     return [{"name": name, "accuracy": accuracy, "reason": reason} for name, accuracy, reason in bars]
+
+
+def protection(report: Mapping[str, Any]) -> str:
+    """How updates travelled and whom that keeps from reading one, in one line; empty for an older Umbel's report."""
+    said = report.get("protect")
+    if said is None:
+        return ""
+    each = f"{units.size(said['upload_bytes_per_client'])} a client and round"
+    if said["mode"] == "none":
+        return f"none: the server reads each update; {each}"
+    whose = {"split": ", opened by a key holder", "shared": ", opened by a client: all have the key", None: ""}
+    least = f"the server reads sums over at least {said['minimum']} clients{whose[said['trust']]}"
+    return f"{said['mode']}: {least}; {said['bits']} bits a value, {each}"
 
 
 def command(report: Mapping[str, Any]) -> str:

@@ -74,7 +74,7 @@ def rounds(
         began, number = time.monotonic(), state.round + 1
 
         # who is asked, and may they: what they could release is written down before any task goes out
-        traffic = state.download, upload.size(settings, len(state.weights))
+        traffic = state.download, gather.sent(settings, len(state.weights), len(names))
         chosen = select.cohort(names, roster, settings, number, traffic, plans, state.clients)
         clip = state.clip or settings.privacy.update_norm
         for name, reason in (journal.reserve(number, chosen.paid) if plans and chosen.paid else {}).items():

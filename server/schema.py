@@ -85,7 +85,14 @@ class Protect(Closed):
     rotated: bool | None
     norm: Amount | None
     max_clients: Count | None
+    parameters: str | None
+    security_bits: Count | None
+    minimum: Count | None
+    neighbours: Count | None
+    threshold: Count | None
+    quorum: Count | None
     upload_bytes_per_client: Count
+    who_learns: list[str]
 
 
 class Bytes(Closed):

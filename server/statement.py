@@ -12,10 +12,10 @@ from privacy import certificate, cohort_noise
 from privacy.plan import Plan
 from scenarios import Scenario
 from scenarios.settings import Settings
-from server import composition, groups, guarantee, outcome, provenance, select
+from server import composition, exposure, groups, guarantee, outcome, provenance, select
 from server.hazards import hazards
 from server.state import Row
-from server.wording import Wording, wording
+from server.wording import Wording, hidden, wording
 
 Group = dict[str, Any]
 _CLAIM = (
@@ -113,12 +113,15 @@ def _words(unit: str, why: str | None, told: Told, report: Mapping[str, Any]) ->
     words, by_whom = _wording(told), select.secret(told.settings)
     sees_update = words.server_sees if words else "each client's update, as privacy.* describes it"
     bare = words.server_before_noise if words else True
+    protect = told.settings.protect
+    if words is None and protect.mode != "none":
+        sees_update = "the exact sum of each round's updates, and no single update"
     parties = [
         ("client", "its own data and the weights of each round", False),
         ("server", sees_update + "; counts, sizes and timing of replies", bare),
         ("aggregator", "the server aggregates: what it sees", bare),
-        ("key holder", "nothing: updates are not encrypted, so nobody holds a key", False),
-        ("other clients", "the weights of each round", False),
+        ("key holder", *exposure.key_holder(protect, bare)),
+        ("other clients", *exposure.other_clients(protect, bare)),
         ("report reader", "the model, this report and rounds.jsonl", False),
     ]
     return {
@@ -201,7 +204,8 @@ def _sampling(unit: str, why: str | None, told: Told) -> Group:
 
 def _wording(told: Told) -> Wording | None:
     wanted = told.settings.privacy
-    return wording(wanted.unit, wanted.sampling, wanted.bands)
+    words = wording(wanted.unit, wanted.sampling, wanted.bands)
+    return words and hidden(words, wanted.unit, told.settings.protect)
 
 
 def _kind(told: Told) -> str:
@@ -237,7 +241,7 @@ def _accountant(report: Mapping[str, Any]) -> Group:
         "zcdp_rho_reason": None if gaussian else drawn,
         "gdp_mu_reason": None if gaussian else drawn,
         "curve_accountant": guarantee.CURVE_ACCOUNTANT if clients else None,
-        "adversaries": guarantee.adversaries(report["privacy"]),
+        "adversaries": guarantee.adversaries(report),
     }
 
 

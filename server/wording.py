@@ -1,6 +1,11 @@
-"""What is said of each unit of privacy: one entry a unit; a unit without one is described by the facts alone."""
+"""What is said of each unit of privacy: one entry a unit; a unit without one is described by the facts alone.
+
+Protected updates change some of it: `hidden` says what the words become, `unprotected` whom an epsilon fails.
+"""
 
 from dataclasses import dataclass, replace
+
+from scenarios.settings import Protect
 
 REPORT_READER, OTHER_CLIENT, SERVER = "report_reader", "other_client", "server"
 
@@ -139,3 +144,66 @@ def wording(unit: str, sampling: str = "poisson", bands: int = 1) -> Wording | N
             empty="a round in which too few could be asked is not released",
         )
     return words
+
+
+_OPENED = {"masked": "once the masks are off", "encrypted": "once it was opened"}
+_NAMES = "the clients of a round are told each other's names (protect=masked)"
+_KEY = "the clients share the secret key (protect.trust=shared), and whoever opens a sum is told who is in it"
+
+
+def hidden(words: Wording, unit: str, protect: Protect) -> Wording:
+    """The words of a unit whose updates are protected: what the server sees, who can hold a client to its norm."""
+    if protect.mode == "none":
+        return words
+    sees = f"the exact sum of each round's updates {_OPENED[protect.mode]}, and no single update, and who took part"
+    if unit == "example":
+        return replace(words, server_sees=f"{sees}; what is summed is noised already")
+    if unit == "local":
+        return replace(words, server_sees=f"{sees}; what is summed is noised already")
+    if unit == "both":
+        sees += "; what is summed is noised for examples and not for clients as a whole"
+    else:
+        sees += "; it adds the noise to that sum"
+    held = "each update is clipped and rounded by its client to the norm; none other can check it, as none reads it"
+    return replace(words, server_sees=sees, enforced=held if unit == "client" else f"{_EXAMPLE.enforced}; {held}")
+
+
+def unprotected(who: str, unit: str, mode: str, trust: str | None, drawn: bool) -> str | None:
+    """Why the epsilon of a unit's account does not hold against `who`; None where it does.
+
+    drawn: whether the account is cheaper because nobody but the server knows who takes part in a round.
+    """
+    words = UNITS[unit]
+    if unit != "client":
+        return None if who in words.protects_from else words.unprotected
+    if who == SERVER:
+        if mode == "none":
+            return words.unprotected
+        return (
+            f"the server reads the exact sum of each round's updates {_OPENED[mode]}, before the noise is added: no "
+            "single update, yet no epsilon bounds what that sum says"
+        )
+    return _known(mode, trust, drawn) if who == OTHER_CLIENT else None
+
+
+def beside(who: str, unit: str, mode: str, trust: str | None, drawn: bool) -> str | None:
+    """Under `both` the epsilon against `who` is that of an example; why that of a client does not hold, if it does not.
+
+    None too where both hold, and under any other unit.
+    """
+    if unit != "both" or who not in (OTHER_CLIENT, SERVER):
+        return None
+    why = unprotected(who, "client", mode, trust, drawn)
+    return f"of an example alone; of a client as a whole none holds: {why}" if why else None
+
+
+def _known(mode: str, trust: str | None, drawn: bool) -> str | None:
+    """Why the promise for a client does not hold against another one."""
+    if mode == "encrypted" and trust == "shared":
+        return f"{_KEY}: every client could read the sums before the noise is added, so no epsilon holds against it"
+    if mode == "masked" and drawn:
+        return (
+            f"{_NAMES}: the draw is no secret to them and makes nothing cheaper against them, and what the rounds cost "
+            "without it was not worked out"
+        )
+    return None

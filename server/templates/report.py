@@ -80,6 +80,12 @@ TEXT = r"""{% extends "page" %}
 {% if clients|length < privacy.clients|length %}<p class="note">{{ times(privacy.clients|length - clients|length, "more client") }} spent no more than these; <code>report.json</code> lists all.</p>{% endif %}
 {% endif %}
 
+{% if run.protect is defined and run.protect.who_learns is defined %}
+<h2>Who can learn what of an update</h2>
+<p>{{ protection }}</p>
+<ul>{% for text in run.protect.who_learns %}<li>{{ text }}</li>{% endfor %}</ul>
+{% endif %}
+
 {% if run.statement is defined %}{% include "statement" %}{% endif %}
 
 <h2>What it cost</h2>

@@ -33,6 +33,9 @@ REAL = {
     "local": "privacy.unit=local privacy.epsilon=30 codec=int12",
     "fixed": "privacy.unit=client privacy.sampling=fixed privacy.epsilon=30 rounds.fraction=0.5",
     "turns": "privacy.unit=client privacy.bands=2 privacy.epsilon=9",
+    "masked": "privacy.unit=client privacy.epsilon=9 protect=masked",
+    "masked-secret": "privacy.unit=client privacy.epsilon=9 rounds.fraction=0.97 protect=masked",
+    "masked-both": "privacy.unit=both privacy.client_epsilon=9 local.batch=0 rounds.fraction=0.97 protect=masked",
 }
 """Settings of short real runs, one of every kind of statement."""
 
