@@ -1,9 +1,10 @@
-# make demo   the main job on bundled data        make test   all tests
-# make check  format, lint, types, contracts      make env    the environment alone
+# make demo   the main job on bundled data        make test   the tests
+# make check  format, lint, types, contracts      make slow   the tests that take minutes
+# make env    the environment alone
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: env demo test check bench docs clean
+.PHONY: env demo test slow check bench docs clean
 .DEFAULT_GOAL := demo
 
 # constraints.txt pins every version; the CPU build of torch is asked for where the default one would bring CUDA along.
@@ -19,8 +20,14 @@ env: .venv/ready
 demo: env
 	$(BIN)/umbel run digits
 
+# A file's tests share its fixtures, and the files that take longest come early.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 test: env
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not slow"
+
+slow: env
+	$(PYTEST) -m slow
 
 check: env
 	$(BIN)/ruff format --check .
