@@ -129,7 +129,7 @@ class Protect(Section):
         None, gt=0, description="a quantized value is clamped to +-range; unset: made from the clipping norm, else 1"
     )
     minimum: int | None = Field(
-        None, ge=1, description="fewest clients in a sum that is opened; unset: the larger of 3 and half the cohort"
+        None, ge=3, description="fewest clients in a sum that is opened; unset: the larger of 3 and half the cohort"
     )
     max_clients: int = Field(100, ge=1, description="most clients in a sum of integers: none of so many carries")
 

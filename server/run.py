@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from clients import upload
+from clients import masking, upload
 from clients.device import profile
 from clients.task import Hello
 from clients.training import Node, digest
@@ -184,6 +184,11 @@ def enough(roster: Mapping[str, Hello], settings: Settings) -> None:
         raise Refused(
             f"a round may sum {most} clients, more than protect.max_clients={settings.protect.max_clients} leaves room "
             f"for: set protect.max_clients={most}"
+        )
+    if settings.protect.mode != "none" and drawn < masking.LEAST:
+        raise Refused(
+            f"protect={settings.protect.mode} sums {masking.LEAST} clients or more, of two each knows the other's "
+            f"update, and a round asks {drawn}: raise fleet.clients or rounds.fraction, or set protect=none"
         )
     if settings.protect.mode != "none" and drawn < (least := select.least_summed(len(roster), settings)):
         raise Refused(f"protect.minimum={least} is more than the {drawn} clients a round asks: the nearest is {drawn}")
