@@ -1,6 +1,6 @@
 """Settings that do not fit one another, refused before anyone is asked."""
 
-from clients import upload
+from clients import masking, upload
 from privacy.refused import Refused
 from scenarios.settings import Settings
 
@@ -78,6 +78,12 @@ def _summable(settings: Settings) -> None:
         raise Refused(f"protect={mode} is not built yet: set protect=masked, or protect=none with codec=int{bits}")
     if bits is None:
         return
+    least = settings.protect.minimum
+    if mode != "none" and least is not None and least < masking.LEAST:
+        raise Refused(
+            f"protect.minimum={least} would open sums in which each client knows the rest: the nearest is "
+            f"{masking.LEAST}"
+        )
     if mode != "none" and settings.codec not in ("float32", f"int{bits}"):
         raise Refused(
             f"protect={mode} sends integers of protect.bits={bits}, and codec={settings.codec} would make others of "

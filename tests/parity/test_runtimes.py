@@ -7,7 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -38,6 +38,7 @@ NOISE = {
     "with noise and control variates": "privacy.noise_seed=1 local.scaffold=true local.steps=3",
     "without": "privacy.unit=none",  # and with the residual of topk in the place of control variates
     "integers": "privacy.unit=client privacy.epsilon=50 privacy.noise_seed=1 codec=int9",
+    "masked": "privacy.noise_seed=1 protect=masked codec=int16",
 }
 
 
@@ -109,6 +110,16 @@ def test_real_nodes_give_the_embedded_weights(
 ) -> None:
     out = flower.run("digits", load("digits"), settings(noise), tmp_path / "run", Heard(), lambda: False, superlink)
     assert_same(out, embedded[noise])
+
+
+def test_masked_rounds_give_the_weights_of_the_same_integers_in_the_clear(
+    embedded: dict[str, Path], tmp_path: Path
+) -> None:
+    clear = override(settings("masked"), "protect=none")
+    folder = RunFolder.create(tmp_path / "run", "digits", clear)
+    run.run(run.prepare(load("digits"), clear, folder, EmbeddedFleet, Heard()))
+    weights = [(path / "weights.safetensors").read_bytes() for path in (tmp_path / "run", embedded["masked"])]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.slow
@@ -251,27 +262,47 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def superlink(home: Path) -> Iterator[str]:
     """HOST:PORT of a SuperLink with three SuperNodes, each told by its owner which client it is."""
+    with deployment(home, 3) as (address, _):
+        yield address
+
+
+@contextmanager
+def deployment(home: Path, number: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """HOST:PORT of a SuperLink, and its SuperNodes: client-0 and so on, who know one another by a file of keys."""
     address = f"127.0.0.1:{free_port()}"
     host, port = address.split(":")
     command = ["flower-superlink", "--insecure", "--host", host, "--port", port]
     processes = [start([*command, "--disable-runtime-dependency-installation"], home / "superlink")]
     wait_for(int(port), home)
-    for number in range(3):
-        config = f'client="client-{number}" state="{home / f"state-{number}"}"'
+    states = [home / f"state-{i}" for i in range(number)]
+    printed = [umbel("key", "node", str(state), f"client-{i}") for i, state in enumerate(states)]
+    (home / "peers.toml").write_text("".join(printed))
+    for i, state in enumerate(states):
+        config = f'client="client-{i}" state="{state}" peers="{home / "peers.toml"}"'
         command = ["flower-supernode", "--insecure", "--superlink", address, "--port", str(free_port())]
-        processes.append(start([*command, "--node-config", config], home / f"node-{number}"))
-    yield address
-    for process in reversed(processes):
-        process.terminate()
-    for process in processes:
-        process.wait(20)
+        processes.append(start([*command, "--node-config", config], home / f"node-{i}"))
+    try:
+        yield address, processes[1:]
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+        for process in processes:
+            process.wait(20)
+
+
+def umbel(*words: str) -> str:
+    return subprocess.run([str(COMMANDS / "umbel"), *words], capture_output=True, text=True, check=True).stdout
 
 
 def start(command: list[str], home: Path) -> subprocess.Popen[bytes]:
     home.mkdir()
     with (home / "log").open("wb") as log:
         return subprocess.Popen(
-            [str(COMMANDS / command[0]), *command[1:]], env=environment(home), stdout=log, stderr=log
+            [str(COMMANDS / command[0]), *command[1:]],
+            env=environment(home),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # a node and the processes of its messages are one group
         )
 
 
