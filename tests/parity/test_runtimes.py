@@ -3,10 +3,11 @@
 import hashlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from clients import app as client_app
 from clients import messages
-from clients.task import Charge, Task
+from clients.task import Charge, Reply, Task
 from privacy.ledger import Account, Ledger
 from privacy.plan import Mechanism
 from privacy.refused import Refused
@@ -244,7 +245,37 @@ def test_a_real_node_reserves_in_its_own_ledger_replays_its_bytes_and_is_found_o
     assert "it was rolled back" in row["rejected"][0]["reason"]
 
 
-# ---- A SuperLink and three SuperNodes, as a user starts them ----
+class Dies(EmbeddedFleet):
+    """Its client-0 is gone from round 2 on."""
+
+    def ask(self, tasks: Sequence[Task]) -> Iterator[Reply]:
+        for task, reply in zip(tasks, super().ask(tasks), strict=True):
+            gone = task.client == "client-0" and task.round > 1
+            yield Reply(task.round, task.client, reason="its node is gone") if gone else reply
+
+
+@pytest.mark.slow
+def test_a_node_that_is_killed_between_masking_and_unmasking_is_in_that_sum_and_in_no_other(tmp_path: Path) -> None:
+    wanted = override(settings("masked"), "privacy.unit=none privacy.noise_seed= fleet.clients=4")
+    folder = RunFolder.create(tmp_path / "clear", "digits", override(wanted, "protect=none"))
+    run.run(run.prepare(load("digits"), override(wanted, "protect=none"), folder, Dies, Heard()))
+    with deployment(tmp_path, 4) as (address, nodes):
+
+        def look() -> bool:
+            if nodes[0].poll() is None and list(tmp_path.glob("state-[123]/*/*/masks-*/sign")):
+                os.killpg(nodes[0].pid, signal.SIGKILL)
+            return False
+
+        out = flower.run("digits", load("digits"), wanted, tmp_path / "run", Heard(), look, address)
+        assert nodes[0].poll() == -signal.SIGKILL
+    first, second = rows(out)
+    assert (first["replies"], first["rejected"], first["applied"]) == (4, [], True)
+    assert (second["replies"], second["applied"]) == (3, True)
+    assert [entry["name"] for entry in second["rejected"]] + second["late"] == ["client-0"]
+    assert (out / "weights.safetensors").read_bytes() == (tmp_path / "clear" / "weights.safetensors").read_bytes()
+
+
+# ---- A SuperLink and its SuperNodes, as a user starts them ----
 
 
 def free_port() -> int:
