@@ -7,10 +7,7 @@ import typer
 
 from privacy.refused import Refused
 
-key_app = typer.Typer(
-    help="Keys: the operator's, which signs reports (new), and a device's, by which others know it (node).",
-    no_args_is_help=True,
-)
+key_app = typer.Typer(help="Keys that sign: the operator's (new), a device's (node).", no_args_is_help=True)
 
 
 @key_app.command()
@@ -29,7 +26,7 @@ def node(
     state: Annotated[Path, typer.Argument(help="The device's state folder, as its node config has it.")],
     name: Annotated[str, typer.Argument(help="Which client it is, as its node config has it.")],
 ) -> None:
-    """Print a device's line for the list of clients (peers) that protect=masked needs on every device.
+    """Print a device's line for the file of public keys (peers) of protect=masked.
 
     Example: umbel key node ~/.umbel/state hospital-1 >> peers.toml
     """

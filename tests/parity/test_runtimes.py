@@ -255,10 +255,11 @@ class Dies(EmbeddedFleet):
 
 
 @pytest.mark.slow
-def test_a_node_that_is_killed_between_masking_and_unmasking_is_in_that_sum_and_in_no_other(tmp_path: Path) -> None:
-    wanted = override(settings("masked"), "privacy.unit=none privacy.noise_seed= fleet.clients=4")
-    folder = RunFolder.create(tmp_path / "clear", "digits", override(wanted, "protect=none"))
-    run.run(run.prepare(load("digits"), override(wanted, "protect=none"), folder, Dies, Heard()))
+def test_a_node_that_is_killed_between_masking_and_unmasking_is_in_that_sum_and_the_run_goes_on(tmp_path: Path) -> None:
+    wanted = override(settings("masked"), "privacy.unit=none privacy.noise_seed= fleet.clients=4 protect.minimum=4")
+    clear = override(wanted, "protect=none protect.minimum= rounds.minimum=4")
+    folder = RunFolder.create(tmp_path / "clear", "digits", clear)
+    run.run(run.prepare(load("digits"), clear, folder, Dies, Heard()))
     with deployment(tmp_path, 4) as (address, nodes):
 
         def look() -> bool:
@@ -266,12 +267,15 @@ def test_a_node_that_is_killed_between_masking_and_unmasking_is_in_that_sum_and_
                 os.killpg(nodes[0].pid, signal.SIGKILL)
             return False
 
-        out = flower.run("digits", load("digits"), wanted, tmp_path / "run", Heard(), look, address)
+        heard = Heard()
+        out = flower.run("digits", load("digits"), wanted, tmp_path / "run", heard, look, address)
         assert nodes[0].poll() == -signal.SIGKILL
     first, second = rows(out)
     assert (first["replies"], first["rejected"], first["applied"]) == (4, [], True)
-    assert (second["replies"], second["applied"]) == (3, True)
-    assert [entry["name"] for entry in second["rejected"]] + second["late"] == ["client-0"]
+    assert (second["replies"], second["applied"]) == (0, False)
+    assert second["reason"] == "no masked sum: attempt 1 of round 2: 3 clients take part, 4 are the minimum"
+    assert "client-0" in [entry["name"] for entry in second["rejected"]] + second["late"]
+    assert "round 1: clients take the masks off the sum" in heard.said
     assert (out / "weights.safetensors").read_bytes() == (tmp_path / "clear" / "weights.safetensors").read_bytes()
 
 
