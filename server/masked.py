@@ -122,7 +122,7 @@ class Masked:
         return failed
 
     def _say(self, tasks: Sequence[Task], stage: Stage) -> None:
-        self.tell(f"round {tasks[0].round}: {_DOING[stage]}")
+        self.tell(f"{_DOING[stage]}, round {tasks[0].round}")
 
     def _asked(self, task: Task, requests: Mapping[str, bytes], grid: Grid) -> Task:
         said = Protection(self.run, grid.entries, self.minimum, requests[task.client])
