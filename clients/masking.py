@@ -70,11 +70,11 @@ def read_peers(path: Path) -> dict[str, bytes]:
         keys = {name: bytes.fromhex(key) for name, key in said.items()}
     except (OSError, ValueError, TypeError) as error:
         raise Refused(
-            f'{path} is no list of clients ({type(error).__name__}): lines of NAME = "KEY" make one'
+            f'{path.name} is no list of clients ({type(error).__name__}): lines of NAME = "KEY" make one'
         ) from None
     for name, key in keys.items():
         if len(key) != 32:
-            raise Refused(f"{path}: the key of {name} has {len(key)} bytes, an Ed25519 key has 32")
+            raise Refused(f"{path.name}: the key of {name} has {len(key)} bytes, an Ed25519 key has 32")
     return keys
 
 
