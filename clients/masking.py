@@ -1,6 +1,8 @@
 """One client's part of a masked sum: who it is, whom it knows, what it keeps on its disk (privacy/masks.py)."""
 
 import hashlib
+import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from clients.task import Task
 from privacy import durable
-from privacy.frames import Rules, Stage, addressed, run_id
+from privacy.frames import Rules, Stage, addressed, padded, run_id
 from privacy.integers import Grid, Integers, width
 from privacy.masks import Client
 from privacy.refused import Refused
@@ -40,6 +42,24 @@ def simulated(states: Path, names: Iterable[str]) -> dict[str, bytes]:
     return {name: public(identity(states, name)) for name in names}
 
 
+def fitting(name: str) -> None:
+    """Raises Refused for a name that is too long for the protocol."""
+    try:
+        padded(name)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+
+
+def introduction(states: Path, name: str) -> str:
+    """The line by which `read_peers` learns client `name` of the node with this state folder.
+
+    Raises Refused for a name that no client can have.
+    """
+    fitting(name)
+    key = name if re.fullmatch("[A-Za-z0-9_-]+", name) else json.dumps(name, ensure_ascii=False)
+    return f'{key} = "{public(identity(states, name)).hex()}"'
+
+
 def read_peers(path: Path) -> dict[str, bytes]:
     """The public keys of all clients by name, from a TOML file of lines NAME = "64 hexadecimal digits".
 
@@ -50,16 +70,20 @@ def read_peers(path: Path) -> dict[str, bytes]:
         keys = {name: bytes.fromhex(key) for name, key in said.items()}
     except (OSError, ValueError, TypeError) as error:
         raise Refused(
-            f'{path} is no list of clients ({type(error).__name__}): lines of NAME = "KEY" make one'
+            f'{path.name} is no list of clients ({type(error).__name__}): lines of NAME = "KEY" make one'
         ) from None
     for name, key in keys.items():
         if len(key) != 32:
-            raise Refused(f"{path}: the key of {name} has {len(key)} bytes, an Ed25519 key has 32")
+            raise Refused(f"{path.name}: the key of {name} has {len(key)} bytes, an Ed25519 key has 32")
     return keys
 
 
 def introduced(states: Path, name: str, peers: Mapping[str, bytes]) -> str:
-    """The public key that client `name` says it has. Raises Refused where its owner's list of clients has another."""
+    """The public key that client `name` says it has.
+
+    Raises Refused where its owner's list of clients has another, and for a name that no client can have.
+    """
+    fitting(name)
     mine = public(identity(states, name))
     if peers.get(name) != mine:
         whose = "another key" if name in peers else "no key"

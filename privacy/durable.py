@@ -22,11 +22,13 @@ def write_atomic(path: Path, content: bytes, private: bool = False) -> None:
     _fsync_folder(path.parent)
 
 
-def remove(path: Path) -> None:
-    """Remove `path` and what a crash left of its next content, where they are, durably."""
-    for name in (path, path.with_name(path.name + ".partial")):
-        name.unlink(missing_ok=True)
-    _fsync_folder(path.parent)
+def remove(*paths: Path) -> None:
+    """Remove files and what a crash left of their next content, where they are, durably."""
+    for path in paths:
+        for name in (path, path.with_name(path.name + ".partial")):
+            name.unlink(missing_ok=True)
+    for folder in {path.parent for path in paths}:
+        _fsync_folder(folder)
 
 
 def secret(path: Path, first: bytes = b"") -> bytes:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from hashlib import sha256
 
 from privacy import frames, neighbours
@@ -29,6 +29,7 @@ class Advert:
         return self.nonce + self.mask_key + self.share_key + self.self_mask
 
 
+@lru_cache(maxsize=1024)  # a client meets each of them at every stage, and simulated ones all meet the same
 def read_advert(data: bytes, attempt: Attempt, name: str, identity: bytes) -> Advert:
     """The advert in a client's answer; ValueError says why it is none."""
     body = frames.read(data, attempt, Stage.ADVERTISE, name, identity, KEYS)

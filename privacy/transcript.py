@@ -32,8 +32,8 @@ class Store(Protocol):
     def put(self, key: str, value: bytes) -> None:
         """Replace the record, all or nothing; on return it outlasts a crash."""
 
-    def erase(self, key: str) -> None:
-        """Remove the record, where there is one, as lastingly."""
+    def erase(self, *keys: str) -> None:
+        """Remove the records, where there are any, as lastingly."""
 
 
 class FileStore:
@@ -59,8 +59,8 @@ class FileStore:
     def put(self, key: str, value: bytes) -> None:
         durable.write_atomic(self._folder / key, value, private=True)
 
-    def erase(self, key: str) -> None:
-        durable.remove(self._folder / key)
+    def erase(self, *keys: str) -> None:
+        durable.remove(*(self._folder / key for key in keys))
 
 
 class Transcript:
@@ -153,5 +153,4 @@ def _latest(store: Store) -> tuple[Attempt, bool] | None:
 
 
 def _erase(store: Store) -> None:
-    for key in _KEYS:
-        store.erase(key)
+    store.erase(*_KEYS)

@@ -202,8 +202,9 @@ class GridFleet:
         known = self._roster.get(hello.name)
         if known and len(self._roster) < self._number and self._nodes[hello.name] in self._here:
             raise Refused(f"two nodes say that they are client {hello.name!r}: give each its own name")
-        if known and known.digest != hello.digest:
-            print(f"umbel: a node says that it is client {hello.name!r} but has other data: it is left out", flush=True)
+        if known and (known.digest, known.identity) != (hello.digest, hello.identity):
+            other = "another key" if known.digest == hello.digest else "other data"
+            print(f"umbel: a node says that it is client {hello.name!r} but has {other}: it is left out", flush=True)
             return
         self._nodes[hello.name] = node
         self._roster.setdefault(hello.name, hello)

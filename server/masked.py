@@ -1,6 +1,6 @@
 """A round's sum under pairwise masks: the stages of privacy/masks.py as tasks of a fleet."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +15,15 @@ from privacy.integers import Grid
 from server.combine import Summed
 from server.gather import Ask, Good, summed
 
+_DOING = {
+    Stage.ADVERTISE: "clients show their keys",
+    Stage.REVEAL: "clients draw who masks with whom",
+    Stage.SHARE: "clients share out what opens their masks",
+    Stage.MASK: "clients train and mask",
+    Stage.SIGN: "clients sign whose updates are in the sum",
+    Stage.UNMASK: "clients take the masks off the sum",
+}
+
 
 @dataclass(frozen=True)
 class Masked:
@@ -26,6 +35,8 @@ class Masked:
     """Grows with each start of the server, so that no round is tried twice under one number."""
     minimum: int
     """Fewest clients whose sum may be read."""
+    tell: Callable[[str], None] = lambda text: None
+    """Hears of each stage as it begins; never how many take part, which may be secret."""
 
     def __call__(self, ask: Ask, tasks: Sequence[Task], grid: Grid, good: Good, roster: Mapping[str, Hello]) -> Summed:
         """With a reason where too few came to the end, or what they sent is no sum of what they were to send."""
@@ -35,8 +46,8 @@ class Masked:
             return Summed(np.zeros(grid.size), 0.0, 0.0, f"no masked sum: {error}")
 
     def _sum(self, ask: Ask, tasks: Sequence[Task], grid: Grid, good: Good, roster: Mapping[str, Hello]) -> Summed:
-        gone: dict[str, str] = {}
-        """Who fell out before it was its turn to send a vector, and why."""
+        gone: dict[str, Reply] = {}
+        """What those said who fell out before it was their turn to send a vector."""
         requests: Mapping[str, bytes] = {}
         lost = None
         try:
@@ -53,10 +64,14 @@ class Masked:
             requests, lost = {}, error
 
         def vectors() -> Iterator[Reply]:
-            answers = iter(ask([self._asked(task, requests, grid) for task in tasks if task.client in requests]))
+            asked = [self._asked(task, requests, grid) for task in tasks if task.client in requests]
+            if asked:
+                self._say(tasks, Stage.MASK)
+            answers = iter(ask(asked))
             for task in tasks:
-                why = gone.get(task.client) or str(lost or "it shared keys with too few others")
-                yield next(answers) if task.client in requests else Reply(task.round, task.client, reason=why[:200])
+                why = str(lost or "it shared keys with too few others")[:200]
+                missing = gone.get(task.client) or Reply(task.round, task.client, reason=why)
+                yield next(answers) if task.client in requests else missing
 
         def hear(task: Task, reply: Reply) -> Task:
             server.hear(task.client, reply.payload)
@@ -65,9 +80,15 @@ class Masked:
         sent = list(good(vectors(), hear))
         if lost:
             raise lost
-        while requests := server.ask():
-            self._stage(server, ask, tasks, requests, grid)
-        found = server.result().values
+        after: dict[str, Reply] = {}
+        """What those said who fell out with their vectors in the sum: if it is opened, nothing is lost."""
+        try:
+            while requests := server.ask():
+                after |= self._stage(server, ask, tasks, requests, grid)
+            found = server.result().values
+        except Lost as error:
+            silent = [f"{name}: {reply.reason}" for name, reply in after.items()]
+            raise Lost("; ".join([str(error), *silent[:3]])) from None
         said = sum(grid.weigh(upload.weight(task, roster[task.client].examples)) for task in sent)
         if int(found[-2]) != said:
             raise Lost(f"weights add up to {found[-2]}, those of the {len(sent)} clients to {said}: one of them lied")
@@ -78,8 +99,13 @@ class Masked:
 
     def _stage(
         self, server: masks.Server, ask: Ask, tasks: Sequence[Task], requests: Mapping[str, bytes], grid: Grid
-    ) -> dict[str, str]:
-        """Send a stage's requests and hear the answers; who gave none, or a bad one, and why."""
+    ) -> dict[str, Reply]:
+        """Send a stage's requests and hear the answers; what those said who gave none, or a bad one, with the reason.
+
+        Who fell out is asked nothing more, so that a node that died costs one wait a round.
+        """
+        assert server.stage is not None
+        self._say(tasks, server.stage)
         bare = [
             replace(task, kind="protect", weights=np.empty(0, np.float32), layout=(), control=None, charge=None)
             for task in tasks
@@ -88,12 +114,15 @@ class Masked:
         failed = {}
         for task, reply in zip(bare, ask([self._asked(task, requests, grid) for task in bare]), strict=True):
             try:
-                if reply.reason:
+                if reply.reason or reply.late:
                     raise ValueError(reply.reason)
                 server.hear(task.client, reply.payload)
             except ValueError as error:
-                failed[task.client] = str(error)
+                failed[task.client] = Reply(task.round, task.client, reason=str(error)[:200], late=reply.late)
         return failed
+
+    def _say(self, tasks: Sequence[Task], stage: Stage) -> None:
+        self.tell(f"{_DOING[stage]}, round {tasks[0].round}")
 
     def _asked(self, task: Task, requests: Mapping[str, bytes], grid: Grid) -> Task:
         said = Protection(self.run, grid.entries, self.minimum, requests[task.client])

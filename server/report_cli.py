@@ -1,11 +1,13 @@
-"""umbel report and umbel key: draw a report again, sign it, print it, check it; make the key that signs."""
+"""umbel report and umbel key: draw a report again, sign it, print it, check it; the keys that sign."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-key_app = typer.Typer(help="The operator's key, which signs reports: new.", no_args_is_help=True)
+from privacy.refused import Refused
+
+key_app = typer.Typer(help="Keys that sign: the operator's (new), a device's (node).", no_args_is_help=True)
 
 
 @key_app.command()
@@ -17,6 +19,23 @@ def new(file: Annotated[Path, typer.Argument(help="Where to keep the private key
     from server import signature
 
     print(signature.new_key(file), end="")
+
+
+@key_app.command()
+def node(
+    state: Annotated[Path, typer.Argument(help="The device's state folder, as its node config has it.")],
+    name: Annotated[str, typer.Argument(help="Which client it is, as its node config has it.")],
+) -> None:
+    """Print a device's line for the file of public keys (peers) of protect=masked.
+
+    Example: umbel key node ~/.umbel/state hospital-1 >> peers.toml
+    """
+    from clients import masking
+
+    try:
+        print(masking.introduction(state.expanduser(), name))
+    except OSError as error:
+        raise Refused(f"{state} cannot be used ({error.strerror}): name the folder that the node keeps") from None
 
 
 def check(path: Path, verify_key: Path | None) -> None:

@@ -139,7 +139,7 @@ def prepare(
             _write_start(folder, roster, plans, server_data, settings, charged)
         else:
             plans = read_plans(start)
-            _same_data(start, roster, server_data)
+            _same_clients(start, roster, server_data)
             roster = {name: roster[name] for name in sorted(start["clients"])}  # who came later has no plan
             tests = budget.test_plans(roster, settings)
             charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, start, tests, before)
@@ -148,7 +148,8 @@ def prepare(
         if start is None:
             folder.discard()
         raise
-    gathered = _gathered(folder, roster, settings)
+    tell = progress.status if runtime == "deployment" else lambda text: None  # elsewhere a stage is over at once
+    gathered = _gathered(folder, roster, settings, tell)
     return Job(node, folder, fleet, roster, plans, tests, charged, committed, progress, score, stop, runtime, gathered)
 
 
@@ -196,14 +197,16 @@ def enough(roster: Mapping[str, Hello], settings: Settings) -> None:
         raise Refused(f"server.combine={settings.server.combine} needs {least} replies, a round asks {drawn} clients")
 
 
-def _gathered(folder: RunFolder, roster: Mapping[str, Hello], settings: Settings) -> Gather:
+def _gathered(
+    folder: RunFolder, roster: Mapping[str, Hello], settings: Settings, tell: Callable[[str], None]
+) -> Gather:
     """How sums are read; every start of the server is an attempt of its own at the rounds to come."""
     if settings.protect.mode == "none":
         return clear
     before = folder.read_json("protect.json") or {"run": secrets.token_hex(16), "attempt": 0}
     now = {**before, "attempt": before["attempt"] + 1}
     folder.write_json("protect.json", now)
-    return Masked(now["run"], now["attempt"], select.least_summed(len(roster), settings))
+    return Masked(now["run"], now["attempt"], select.least_summed(len(roster), settings), tell)
 
 
 def _federate(job: Job, state: ServerState) -> ServerState:
@@ -340,11 +343,16 @@ def _read_plan(plan: Mapping[str, Any]) -> Plan:
     return Plan(**{**plan, "mechanism": Mechanism(**plan["mechanism"]), "whole": whole})
 
 
-def _same_data(start: Mapping[str, Any], roster: Mapping[str, Hello], server_data: Mapping[str, str]) -> None:
+def _same_clients(start: Mapping[str, Any], roster: Mapping[str, Hello], server_data: Mapping[str, str]) -> None:
     for name, before in start["clients"].items():
         if name not in roster:
             raise Refused(f"client {name} of this run is not there any more: start its node, or start a new run")
         if roster[name].digest != before["digest"]:
             raise Refused(f"the data of client {name} has changed since the run began: start a new run")
+        if roster[name].identity != before.get("identity", ""):
+            raise Refused(
+                f"client {name} signs with another key than when the run began: bring back the state folder of its "
+                "node, or start a new run"
+            )
     if dict(server_data) != start["server_data"]:
         raise Refused("the server's test or validation data has changed since the run began: start a new run")

@@ -4,15 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
 
 from clients import app as client_app
-from clients import messages, training
+from clients import masking, messages, training
 from clients.app import app
-from clients.task import Charge, Hello, Task
+from clients.task import Charge, Hello, Protection, Task
 from privacy.chain import Head
 from privacy.plan import Mechanism
 from scenarios import build_model, load
@@ -222,3 +223,40 @@ def test_state_lies_where_umbel_state_says(monkeypatch: pytest.MonkeyPatch, scen
     monkeypatch.setenv("UMBEL_STATE", str(tmp_path / "elsewhere"))
     assert isinstance(hello(context(scenario, client="a")), Hello)
     assert list((tmp_path / "elsewhere").glob("*/key"))
+
+
+def test_a_device_shows_the_key_that_its_owners_list_has_whatever_the_run_and_refuses_without(
+    scenario: str, tmp_path: Path
+) -> None:
+    masked, state = "protect=masked", tmp_path / "state"
+    (tmp_path / "peers.toml").write_text(masking.introduction(state, "a"))
+    owner = {"client": "a", "state": str(state), "peers": str(tmp_path / "peers.toml")}
+    for run in ("one", "two"):
+        said = hello(context(scenario, f"{masked} run.out=/nowhere/{run}", **owner))
+        assert isinstance(said, Hello)
+        assert said.identity == masking.public(masking.identity(state, "a")).hex()
+    assert "no key for a" in str(hello(context(scenario, masked, client="a", state=str(state))))
+    assert "another key for a" in str(hello(context(scenario, masked, **owner | {"state": str(tmp_path / "new")})))
+    client_app._node.cache_clear()
+    (tmp_path / "peers.toml").write_text("a = 5")
+    said = str(hello(context(scenario, masked, **owner)))
+    assert said.startswith("peers.toml is no list of clients"), "nor where the file lies"
+
+
+def test_a_stage_of_the_protocol_that_no_honest_server_sends_is_refused_by_the_device(
+    scenario: str, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    (tmp_path / "peers.toml").write_text(masking.introduction(state, "a"))
+    device = context(scenario, "protect=masked", client="a", state=str(state), peers=str(tmp_path / "peers.toml"))
+    bare = replace(a_task("a", scenario), kind="protect", weights=np.empty(0, np.float32), layout=())
+    for task, why in (
+        (bare, "without the protection"),
+        (replace(bare, protection=Protection("r", 6, 2, b"")), "a sum of 2 clients"),
+        (replace(bare, protection=Protection("r", 6, 3, b"x" * 200)), "another version of the protocol"),
+        (a_task("a", scenario), "without the protection"),
+    ):
+        kind = "train" if task.kind == "train" else "query.protect"
+        reply = messages.decode_reply(ask(kind, messages.encode_task(task), device), task)
+        assert why in reply.reason
+        assert reply.payload == b""

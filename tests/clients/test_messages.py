@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients import messages
-from clients.task import Charge, Device, Hello, Reply, Task
+from clients.task import Charge, Device, Hello, Protection, Reply, Task
 from privacy.chain import Head
 from privacy.plan import Mechanism
 
@@ -20,6 +20,7 @@ NAMES = st.text(st.characters(categories=("L", "N", "P")), min_size=1, max_size=
 
 
 HEADS = st.builds(Head, COUNTS, st.integers(0, 2**256 - 1).map(lambda number: f"{number:064x}"))
+PROTECTIONS = st.builds(Protection, NAMES, COUNTS, COUNTS, st.binary(max_size=300))
 CHARGES = st.builds(Charge, NAMES, st.integers(1, 2**53), HEADS, st.none() | HEADS)
 
 
@@ -30,7 +31,7 @@ def tasks(draw: st.DrawFn) -> Task:
     size = sum(int(np.prod(shape)) for _, shape in layout)
     seed = draw(st.integers(0, 2**32))
     private = draw(st.booleans())
-    kind = draw(st.sampled_from(["train", "evaluate"]))
+    kind = draw(st.sampled_from(["train", "evaluate", "protect"]))
     corrected = kind == "train" and draw(st.booleans())
     return Task(
         kind=kind,  # type: ignore[arg-type]
@@ -49,6 +50,7 @@ def tasks(draw: st.DrawFn) -> Task:
         update_noise=draw(NUMBERS),
         largest=draw(COUNTS),
         charge=draw(st.none() | CHARGES),
+        protection=draw(st.none() | PROTECTIONS),
     )
 
 
@@ -86,11 +88,12 @@ def test_a_reply_survives_the_journey(
     assert messages.decode_reply(travelled(messages.encode_reply(reply)), task) == reply
 
 
-@given(NAMES, COUNTS, NUMBERS, st.floats(0, 1), COUNTS, st.none() | HEADS, st.none() | HEADS)
+@given(NAMES, COUNTS, NUMBERS, st.floats(0, 1), COUNTS, st.none() | HEADS, st.none() | HEADS, st.booleans())
 def test_a_hello_survives_the_journey(
-    name: str, count: int, number: float, share: float, nodes: int, head: Head | None, seen: Head | None
+    name: str, count: int, number: float, share: float, nodes: int, head: Head | None, seen: Head | None, known: bool
 ) -> None:
-    hello = Hello(name, count, "ab" * 32, Device(number, number, number, count, share), head, seen)
+    identity = "5e" * 32 if known else ""
+    hello = Hello(name, count, "ab" * 32, Device(number, number, number, count, share), head, seen, identity)
     assert messages.decode_hello(travelled(messages.encode_hello(hello, nodes))) == (hello, nodes)
 
 
@@ -180,6 +183,51 @@ TASK_LIES: dict[str, Callable[[RecordDict], RecordDict]] = {
 }
 
 
+def protected(**changes: object) -> Callable[[RecordDict], RecordDict]:
+    """What adds to a task a protocol's message, changed."""
+
+    def add(record: RecordDict) -> RecordDict:
+        values = {"dtype": "uint8", "shape": (4,), "stype": "umbel.protocol.v1", "data": b"1234"} | changes
+        request = ArrayRecord({"flat": Array(**values)})  # type: ignore[arg-type]
+        return fields(RecordDict({**record, "request": request}), protected_run="r", entries=10, minimum=3)
+
+    return add
+
+
+TASK_LIES |= {
+    "protection without the protocol's message": lambda r: fields(r, protected_run="r", entries=10, minimum=3),
+    "entries without the protocol's message": lambda r: fields(r, entries=10),
+    "a minimum without the protocol's message": lambda r: fields(r, minimum=3),
+    "a protocol's message of no run": lambda r: fields(protected()(r), protected_run=""),
+    "a protected run with control characters": lambda r: fields(protected()(r), protected_run="r\x1b"),
+    "negative entries": lambda r: fields(protected()(r), entries=-1),
+    "a minimum without end": lambda r: fields(protected()(r), minimum=2**60),
+    "a minimum that is text": lambda r: fields(protected()(r), minimum="3"),
+    "a protocol's message of another type": protected(stype="umbel.payload.v1"),
+    "a protocol's message of another dtype": protected(dtype="int8"),
+    "a protocol's message cut short": protected(data=b"123"),
+    "a protocol's message that is longer than it says": protected(data=bytes(400)),
+    "fields where the protocol's message belongs": lambda r: RecordDict({**protected()(r), "request": r["umbel"]}),
+    "two messages of the protocol": lambda r: RecordDict(
+        {**protected()(r), "request": ArrayRecord(dict.fromkeys(("flat", "b"), protected()(r)["request"]["flat"]))}  # type: ignore[index, arg-type]
+    ),
+    "weights under another name": lambda r: RecordDict({**protected()(r), "more": r["arrays"]}),
+}
+
+
+def test_a_task_with_the_protocols_message_that_nobody_has_tampered_with_is_read() -> None:
+    task = messages.decode_task(protected()(messages.encode_task(a_task())))
+    assert task.protection == Protection("r", 10, 3, b"1234")
+
+
+def test_an_answer_of_the_protocol_may_be_longer_than_a_model_is_and_not_without_end() -> None:
+    asked = a_task(kind="protect", weights=np.empty(0, np.float32), layout=())
+    shares = Reply(3, "client-1", bytes(300_000))
+    assert messages.decode_reply(messages.encode_reply(shares), asked) == shares
+    with pytest.raises(ValueError, match="a payload of 2000000 bytes"):
+        messages.decode_reply(messages.encode_reply(replace(shares, payload=bytes(2_000_000))), asked)
+
+
 @pytest.mark.parametrize("lie", TASK_LIES)
 def test_a_task_that_was_tampered_with_is_refused(lie: str) -> None:
     with pytest.raises(ValueError, match=r".{10,}"):
@@ -235,6 +283,10 @@ def test_a_reply_that_was_tampered_with_is_refused(lie: str) -> None:
         {"server_digest": "5e" * 33},
         {"server_sequence": 4},
         {"node_sequence": -1},
+        {"identity": "5e" * 31},
+        {"identity": "5E" * 32},
+        {"identity": "no"},
+        {"identity": 5},
     ],
 )
 def test_a_hello_that_was_tampered_with_is_refused(lie: dict[str, object]) -> None:

@@ -67,6 +67,24 @@ def test_a_run_killed_in_several_rounds_ends_with_the_same_bits(undisturbed: Pat
     assert reports[0]["final"] == reports[1]["final"]
 
 
+def test_a_masked_run_killed_in_several_rounds_loses_those_alone_that_were_unmasked(tmp_path: Path) -> None:
+    text = f"{SEEDED} codec=int16 rounds.number=6 local.steps=12"
+    umbel("run", "digits", "--out", str(tmp_path / "whole"), "--set", text, "--quiet")
+    run, masked = tmp_path / "run", f"{text} protect=masked"
+    kill_after(run, [*UMBEL, "run", "digits", "--out", str(run), "--set", masked, "--quiet"], 1, 0.02)
+    for rounds, delay in ((2, 0.1), (4, 0.0), (7, 0.05)):  # training rounds, a recovery round
+        kill_after(run, [*UMBEL, "resume", str(run), "--quiet"], rounds, delay)
+    umbel("resume", str(run), "--quiet")
+    rows, whole = rounds_of(run), rounds_of(tmp_path / "whole")
+    assert json.loads((run / "protect.json").read_text())["attempt"] == 5
+    assert [row["round"] for row in rows] == [row["round"] for row in whole]
+    out = [entry["reason"] for row in rows for entry in row["rejected"]]
+    assert all("is closed here" in reason or "no masked sum" in reason for reason in out)
+    assert all(row["applied"] or row["reason"].startswith("no masked sum: ") for row in rows)
+    if not out:
+        assert (run / "weights.safetensors").read_bytes() == (tmp_path / "whole" / "weights.safetensors").read_bytes()
+
+
 def test_resuming_a_finished_run_changes_nothing(undisturbed: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in undisturbed.rglob("*")}
     done = umbel("resume", str(undisturbed), "--quiet")

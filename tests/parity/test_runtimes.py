@@ -3,11 +3,12 @@
 import hashlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from clients import app as client_app
 from clients import messages
-from clients.task import Charge, Task
+from clients.task import Charge, Reply, Task
 from privacy.ledger import Account, Ledger
 from privacy.plan import Mechanism
 from privacy.refused import Refused
@@ -38,6 +39,7 @@ NOISE = {
     "with noise and control variates": "privacy.noise_seed=1 local.scaffold=true local.steps=3",
     "without": "privacy.unit=none",  # and with the residual of topk in the place of control variates
     "integers": "privacy.unit=client privacy.epsilon=50 privacy.noise_seed=1 codec=int9",
+    "masked": "privacy.noise_seed=1 protect=masked codec=int16 rounds.number=1",  # five messages a round
 }
 
 
@@ -96,8 +98,8 @@ def test_flowers_simulation_gives_the_embedded_weights(noise: str, embedded: dic
 
     out = flower.run("digits", load("digits"), settings(noise), tmp_path / "run", heard, look)
     assert out == tmp_path / "run"
-    assert_same(out, embedded[noise])
-    assert [row["round"] for row in heard.rows] == [1, 2]
+    assert_same(out, embedded[noise], settings(noise).rounds.number)
+    assert [row["round"] for row in heard.rows] == list(range(1, settings(noise).rounds.number + 1))
     assert len(running) > 3 or not Path("/proc").is_dir()  # SuperLink, SuperExec, simulation, Ray
     assert ours() == []
 
@@ -108,7 +110,17 @@ def test_real_nodes_give_the_embedded_weights(
     noise: str, embedded: dict[str, Path], superlink: str, tmp_path: Path
 ) -> None:
     out = flower.run("digits", load("digits"), settings(noise), tmp_path / "run", Heard(), lambda: False, superlink)
-    assert_same(out, embedded[noise])
+    assert_same(out, embedded[noise], settings(noise).rounds.number)
+
+
+def test_masked_rounds_give_the_weights_of_the_same_integers_in_the_clear(
+    embedded: dict[str, Path], tmp_path: Path
+) -> None:
+    clear = override(settings("masked"), "protect=none")
+    folder = RunFolder.create(tmp_path / "run", "digits", clear)
+    run.run(run.prepare(load("digits"), clear, folder, EmbeddedFleet, Heard()))
+    weights = [(path / "weights.safetensors").read_bytes() for path in (tmp_path / "run", embedded["masked"])]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.slow
@@ -233,7 +245,43 @@ def test_a_real_node_reserves_in_its_own_ledger_replays_its_bytes_and_is_found_o
     assert "it was rolled back" in row["rejected"][0]["reason"]
 
 
-# ---- A SuperLink and three SuperNodes, as a user starts them ----
+class Dies(EmbeddedFleet):
+    """Its client-0 is gone from round 2 on."""
+
+    def ask(self, tasks: Sequence[Task]) -> Iterator[Reply]:
+        for task, reply in zip(tasks, super().ask(tasks), strict=True):
+            gone = task.client == "client-0" and task.round > 1
+            yield Reply(task.round, task.client, reason="its node is gone") if gone else reply
+
+
+@pytest.mark.slow
+def test_a_node_that_is_killed_between_masking_and_unmasking_is_in_that_sum_and_the_run_goes_on(tmp_path: Path) -> None:
+    wanted = override(
+        settings("masked"), "rounds.number=2 privacy.unit=none privacy.noise_seed= fleet.clients=4 protect.minimum=4"
+    )
+    clear = override(wanted, "protect=none protect.minimum= rounds.minimum=4")
+    folder = RunFolder.create(tmp_path / "clear", "digits", clear)
+    run.run(run.prepare(load("digits"), clear, folder, Dies, Heard()))
+    with deployment(tmp_path, 4) as (address, nodes):
+
+        def look() -> bool:
+            if nodes[0].poll() is None and list(tmp_path.glob("state-[123]/*/*/masks-*/sign")):
+                os.killpg(nodes[0].pid, signal.SIGKILL)
+            return False
+
+        heard = Heard()
+        out = flower.run("digits", load("digits"), wanted, tmp_path / "run", heard, look, address)
+        assert nodes[0].poll() == -signal.SIGKILL
+    first, second = rows(out)
+    assert (first["replies"], first["rejected"], first["applied"]) == (4, [], True)
+    assert (second["replies"], second["applied"]) == (0, False)
+    assert second["reason"] == "no masked sum: attempt 1 of round 2: 3 clients take part, 4 are the minimum"
+    assert "client-0" in [entry["name"] for entry in second["rejected"]] + second["late"]
+    assert "clients take the masks off the sum, round 1" in heard.said
+    assert (out / "weights.safetensors").read_bytes() == (tmp_path / "clear" / "weights.safetensors").read_bytes()
+
+
+# ---- A SuperLink and its SuperNodes, as a user starts them ----
 
 
 def free_port() -> int:
@@ -251,27 +299,47 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def superlink(home: Path) -> Iterator[str]:
     """HOST:PORT of a SuperLink with three SuperNodes, each told by its owner which client it is."""
+    with deployment(home, 3) as (address, _):
+        yield address
+
+
+@contextmanager
+def deployment(home: Path, number: int) -> Iterator[tuple[str, list[subprocess.Popen[bytes]]]]:
+    """HOST:PORT of a SuperLink, and its SuperNodes: client-0 and so on, who know one another by a file of keys."""
     address = f"127.0.0.1:{free_port()}"
     host, port = address.split(":")
+    states = [home / f"state-{i}" for i in range(number)]
+    printed = [umbel("key", "node", str(state), f"client-{i}") for i, state in enumerate(states)]
+    (home / "peers.toml").write_text("".join(printed))
     command = ["flower-superlink", "--insecure", "--host", host, "--port", port]
     processes = [start([*command, "--disable-runtime-dependency-installation"], home / "superlink")]
-    wait_for(int(port), home)
-    for number in range(3):
-        config = f'client="client-{number}" state="{home / f"state-{number}"}"'
-        command = ["flower-supernode", "--insecure", "--superlink", address, "--port", str(free_port())]
-        processes.append(start([*command, "--node-config", config], home / f"node-{number}"))
-    yield address
-    for process in reversed(processes):
-        process.terminate()
-    for process in processes:
-        process.wait(20)
+    try:
+        wait_for(int(port), home)
+        for i, state in enumerate(states):
+            config = f'client="client-{i}" state="{state}" peers="{home / "peers.toml"}"'
+            command = ["flower-supernode", "--insecure", "--superlink", address, "--port", str(free_port())]
+            processes.append(start([*command, "--node-config", config], home / f"node-{i}"))
+        yield address, processes[1:]
+    finally:
+        for process in reversed(processes):
+            process.terminate()
+        for process in processes:
+            process.wait(20)
+
+
+def umbel(*words: str) -> str:
+    return subprocess.run([str(COMMANDS / "umbel"), *words], capture_output=True, text=True, check=True).stdout
 
 
 def start(command: list[str], home: Path) -> subprocess.Popen[bytes]:
     home.mkdir()
     with (home / "log").open("wb") as log:
         return subprocess.Popen(
-            [str(COMMANDS / command[0]), *command[1:]], env=environment(home), stdout=log, stderr=log
+            [str(COMMANDS / command[0]), *command[1:]],
+            env=environment(home),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # a node and the processes of its messages are one group
         )
 
 

@@ -38,8 +38,9 @@ class Memory:
     def put(self, key: str, value: bytes) -> None:
         self.records[key] = value
 
-    def erase(self, key: str) -> None:
-        self.records.pop(key, None)
+    def erase(self, *keys: str) -> None:
+        for key in keys:
+            self.records.pop(key, None)
 
 
 class Fleet:

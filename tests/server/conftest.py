@@ -81,7 +81,7 @@ def _run_real(path: Path, text: str, stop_after: int = 99, lose: int = 0) -> dic
         return job.run(prepared)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_real() -> Callable[..., dict[str, Any]]:
     """run_real(path, settings, stop_after=99, lose=0) -> report.json of a real run; its ledger lies beside `path`."""
     return _run_real

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from clients import masking
 from server import cli
 
 QUICK = (
@@ -41,6 +42,9 @@ WRONG = {
     "no argument": (["run"], "SCENARIO"),
     "no run folder": (["resume", "/nonexistent"], "no run folder"),
     "nothing to report": (["report", "/nonexistent"], "report.json"),
+    "a client's name without end": (["key", "node", "state", "n" * 65], "1 to 64 bytes"),
+    "a state folder that cannot be one": (["key", "node", "/dev/null/state", "a"], "/dev/null/state cannot be used"),
+    "a sum of two": (["run", "digits", "--set", "protect=masked protect.minimum=2"], "the nearest is 3"),
     "unknown data set": (["data", "get", "imagenet"], "imagenet"),
 }
 
@@ -122,3 +126,14 @@ def test_the_installed_command_is_this_one() -> None:
     done = subprocess.run([Path(sys.executable).parent / "umbel", "--help"], capture_output=True, text=True, check=True)
     for command in ("run", "resume", "export", "report", "compare", "scenarios", "settings", "data"):
         assert command in done.stdout
+
+
+def test_a_node_prints_the_line_that_others_know_it_by_and_always_the_same(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["key", "node", str(tmp_path / "state"), "hospital-1"]
+    (code, out, err), again = umbel(capsys, *words), umbel(capsys, *words)
+    assert (code, err, again) == (0, "", (0, out, ""))
+    (tmp_path / "peers.toml").write_text(out)
+    peers = masking.read_peers(tmp_path / "peers.toml")
+    assert masking.introduced(tmp_path / "state", "hospital-1", peers) == peers["hospital-1"].hex()

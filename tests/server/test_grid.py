@@ -77,12 +77,14 @@ class FakeGrid(Grid):
             yield answer
 
 
-def client(name: str, work: Behaviour | None = None, digest: str = "d", nodes: int = 0) -> Behaviour:
+def client(
+    name: str, work: Behaviour | None = None, digest: str = "d", nodes: int = 0, identity: str = ""
+) -> Behaviour:
     """A node of client `name` that says hello and does `work` (by default: replies with its name as payload)."""
 
     def behave(message: Message) -> Message | Exception | None:
         if message.metadata.message_type == "query":
-            return Message(messages.encode_hello(Hello(name, 5, digest), nodes), reply_to=message)
+            return Message(messages.encode_hello(Hello(name, 5, digest, identity=identity), nodes), reply_to=message)
         if work is not None:
             return work(message)
         task = messages.decode_task(message.content)
@@ -219,12 +221,13 @@ def test_a_node_that_comes_back_restarted_is_its_client_again() -> None:
     assert [reply.payload for reply in some.ask(tasks("a", "b"))] == [b"a", b"b"]
 
 
-def test_a_node_with_other_data_does_not_become_a_client_that_left() -> None:
-    some = fleet({1: client("a"), 2: client("b")}, "a b")
+@pytest.mark.parametrize("other", [{"digest": "other"}, {"identity": "6f" * 32}])
+def test_a_node_with_other_data_or_another_key_does_not_become_a_client_that_left(other: dict[str, str]) -> None:
+    some = fleet({1: client("a"), 2: client("b", identity="5e" * 32)}, "a b")
     some.hello()
     nodes = some._grid.nodes  # type: ignore[attr-defined]
     del nodes[2]
-    nodes[77] = client("b", digest="other")
+    nodes[77] = client("b", **({"identity": "5e" * 32} | other))  # type: ignore[arg-type]
     assert [reply.reason for reply in some.ask(tasks("a", "b"))] == ["", "its node is not connected"]
 
 
