@@ -78,6 +78,7 @@ _HELLO: dict[str, type] = {
     "server_sequence": int,
     "server_digest": str,
     "identity": str,
+    "recipient": str,
     "nodes": int,
     "reason": str,
 }
@@ -197,7 +198,7 @@ def encode_hello(hello: Hello, nodes: int = 0) -> RecordDict:
     """The message for `hello`; `nodes` is how many there are where the node is a simulated one, else 0."""
     device = hello.device
     fields = {
-        **{name: getattr(hello, name) for name in ("name", "examples", "digest", "identity")},
+        **{name: getattr(hello, name) for name in ("name", "examples", "digest", "identity", "recipient")},
         **{name: getattr(device, name) for name in ("speed", "down", "up", "memory", "availability")},
         **_written("node", hello.head),
         **_written("server", hello.seen),
@@ -219,10 +220,12 @@ def decode_hello(record: RecordDict) -> tuple[Hello | str, int]:
     if fields["availability"] > 1:
         raise ValueError(f"an availability of {fields['availability']}")
     device = Device(**{name: fields[name] for name in ("speed", "down", "up", "memory", "availability")})
-    if not re.fullmatch("([0-9a-f]{64})?", fields["identity"]):
-        raise ValueError(f"{_shown(fields['identity'])!r} is no public key")
-    heads = _head(fields, "node"), _head(fields, "server"), fields["identity"]
-    return Hello(_name(fields["name"]), fields["examples"], _name(fields["digest"]), device, *heads), fields["nodes"]
+    keys = fields["identity"], fields["recipient"]
+    for key in keys:
+        if not re.fullmatch("([0-9a-f]{64})?", key):
+            raise ValueError(f"{_shown(key)!r} is no public key")
+    said = _head(fields, "node"), _head(fields, "server"), *keys
+    return Hello(_name(fields["name"]), fields["examples"], _name(fields["digest"]), device, *said), fields["nodes"]
 
 
 def _config(fields: Mapping[str, Any], kinds: Mapping[str, type]) -> ConfigRecord:

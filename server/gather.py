@@ -73,9 +73,12 @@ def grid(settings: Settings, plans: Mapping[str, Plan], size: int, number: int, 
 def told(settings: Settings, size: int, grid: Grid | None) -> dict[str, Any]:
     """What the report says of how updates (P,) travel."""
     mode = settings.protect.mode
+    encryption = upload.encryption(settings, size) if mode == "encrypted" else None
     return {
         "mode": mode,
-        "trust": settings.protect.trust if mode == "encrypted" else None,
+        "trust": encryption.trust if encryption else None,
+        "parameters": str(encryption) if encryption else None,
+        "security_bits": encryption.security_bits if encryption else None,
         "values": size,
         "bits": grid.bits if grid else None,
         "range": grid.limit if grid else None,

@@ -15,8 +15,8 @@ from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios import Scenario, build_model
 from scenarios.settings import Settings, knobs
-from scenarios.weights import Vector, layout, unflatten
-from server import accounts, budget, combine, edge, facts, pairs, report, select, signature, step
+from scenarios.weights import Vector, flatten, layout, unflatten
+from server import accounts, budget, combine, edge, facts, key_home, pairs, report, select, signature, step
 from server.accounts import Accounts, Exhausted
 from server.gather import Gather, clear
 from server.masked import Masked
@@ -144,11 +144,11 @@ def prepare(
             tests = budget.test_plans(roster, settings)
             charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, start, tests, before)
         score = scorer(node, fleet, sorted(roster), tests, charged)
+        gathered = _gathered(node, folder, roster, runtime)
     except Refused:
         if start is None:
             folder.discard()
         raise
-    gathered = _gathered(folder, roster, settings)
     return Job(node, folder, fleet, roster, plans, tests, charged, committed, progress, score, stop, runtime, gathered)
 
 
@@ -191,10 +191,15 @@ def enough(roster: Mapping[str, Hello], settings: Settings) -> None:
         raise Refused(f"server.combine={settings.server.combine} needs {least} replies, a round asks {drawn} clients")
 
 
-def _gathered(folder: RunFolder, roster: Mapping[str, Hello], settings: Settings) -> Gather:
+def _gathered(node: Node, folder: RunFolder, roster: Mapping[str, Hello], runtime: str) -> Gather:
     """How sums are read; every start of the server is an attempt of its own at the rounds to come."""
+    settings = node.settings
     if settings.protect.mode == "none":
         return clear
+    if settings.protect.mode == "encrypted":
+        if runtime == "deployment":
+            raise Refused("protect=encrypted on devices is not built yet: set protect=masked")
+        return key_home.beside(folder, roster, settings, len(flatten(node.template)))
     before = folder.read_json("protect.json") or {"run": secrets.token_hex(16), "attempt": 0}
     now = {**before, "attempt": before["attempt"] + 1}
     folder.write_json("protect.json", now)

@@ -79,6 +79,8 @@ class Privacy(Closed):
 class Protect(Closed):
     mode: Literal["none", "encrypted", "masked"]
     trust: Literal["split", "shared"] | None
+    parameters: str | None
+    security_bits: Count | None
     values: Count
     bits: Count | None
     range: Amount | None

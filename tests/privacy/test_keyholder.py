@@ -133,7 +133,7 @@ def test_an_aggregate_that_is_not_the_sum_of_its_roster_stays_closed(gather: Gat
         attack = Attack(gather(trust, entries=9000))
         with pytest.raises(Refused, match="round 1 is not the sum of its roster"):
             attack.asked(forge(attack))
-        assert attack.cohort.holder.roster(attack.cohort.run, 1) is None
+        assert attack.cohort.holder.opened(attack.cohort.run, 1) is None
     attack = Attack(gather(trust, entries=9000))
     sums = packing.unpack(attack.asked(attack.all(*NAMES)), 9000, attack.parameters.width)
     assert (sums == attack.cohort.total(*range(5))).all()
@@ -192,7 +192,8 @@ def test_a_repeat_gets_the_stored_bytes_whatever_comes_with_it(gather: Gather) -
     fewer = attack.sealed(attack.all(*NAMES[:4]), NAMES[:4])
     assert holder.open(run, 1, NAMES[:4], fewer, noised) == first
     assert holder.open(run, 1, (), b"", noised) == first
-    assert holder.roster(run, 1) == NAMES
+    opened = holder.opened(run, 1)
+    assert (opened.roster, opened.shown, opened.published) == (NAMES, b"", first)
 
 
 def test_a_key_holder_that_was_restarted_is_the_same_and_opens_no_round_again(gather: Gather) -> None:
