@@ -44,6 +44,14 @@ class Hello:
 
 
 @dataclass(frozen=True)
+class KeyNode:
+    """What the node of a key holder says: that it is one, and no client."""
+
+    identity: str
+    """Its Ed25519 public key, 64 hexadecimal digits. Clients know it from elsewhere."""
+
+
+@dataclass(frozen=True)
 class Charge:
     """What the server's ledger says of a task; the ledger of the device that adds its noise goes by it."""
 

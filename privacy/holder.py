@@ -38,6 +38,8 @@ class Deal:
     """With which it seals aggregates."""
     recipients: Mapping[str, str]
     """X25519 public keys of the clients in hex, as the key holder knows them."""
+    minimum: int
+    """Fewest clients in a sum that it opens."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +72,12 @@ class Remote:
     def deal(self, run: str, rounds: int, parameters: Parameters) -> Deal:
         said, parts = self._ask({"do": "deal", "run": run, "rounds": rounds, "parameters": parameters.to_bytes().hex()})
         recipients = said.get("recipients")
-        if not isinstance(recipients, dict) or len(parts) != 3 + 2 * len(recipients):
+        minimum = said.get("minimum")
+        if type(minimum) is not int or not isinstance(recipients, dict) or len(parts) != 3 + 2 * len(recipients):
             raise Unreachable("the key holder dealt what is no deal")
         letters = dict(zip(recipients, parts[3::2], strict=True))
         mac_keys = dict(zip(recipients, parts[4::2], strict=True))
-        return Deal(parts[0], parts[1], letters, mac_keys, parts[2], recipients)
+        return Deal(parts[0], parts[1], letters, mac_keys, parts[2], recipients, minimum)
 
     def open(self, run: str, round: int, roster: Sequence[str], shown: bytes, aggregate: bytes) -> Opened:
         asked = {"do": "open", "run": run, "round": round, "roster": list(roster)}
@@ -101,7 +104,8 @@ def answer(holder: "KeyHolder", request: bytes) -> bytes:
             case {"do": "deal", "run": str(run), "rounds": int(rounds), "parameters": str(parameters)}, []:
                 deal = holder.deal(run, rounds, Parameters.from_bytes(bytes.fromhex(parameters)))
                 pairs = [part for name in deal.recipients for part in (deal.letters[name], deal.mac_keys[name])]
-                return pack({"recipients": dict(deal.recipients)}, deal.key_id, deal.public, deal.link_key, *pairs)
+                said = {"recipients": dict(deal.recipients), "minimum": deal.minimum}
+                return pack(said, deal.key_id, deal.public, deal.link_key, *pairs)
             case {"do": "open", "run": str(run), "round": int(round), "roster": list(roster)}, [shown, aggregate]:
                 if not all(isinstance(name, str) for name in roster):
                     raise ValueError("a roster of other things than names")

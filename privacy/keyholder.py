@@ -85,7 +85,7 @@ class KeyHolder:
         }
         public = b"" if parameters.trust == "shared" else keys.public
         mac_keys = {name: keys.secrets[name].mac for name in letters}
-        return Deal(keys.key_id, public, letters, mac_keys, keys.link_key, keys.clients)
+        return Deal(keys.key_id, public, letters, mac_keys, keys.link_key, keys.clients, self.minimum)
 
     def open(
         self,

@@ -51,13 +51,15 @@ class Encrypted:
 
     def meet(self, parameters: Parameters, roster: Mapping[str, Hello]) -> None:
         """Have keys dealt before anyone trains. Raises Refused where there are none, or not for all of `roster`."""
-        try:
-            recipients = self._deal(parameters).recipients
-        except Unreachable as error:
-            raise Refused(f"protect=encrypted: {error}") from None
+        deal = self._deal(parameters)
         for name, hello in roster.items():
-            if recipients.get(name) != hello.recipient:
+            if deal.recipients.get(name) != hello.recipient:
                 raise Refused(f"protect=encrypted: the key holder knows another key for client {name}, or none")
+        if deal.minimum > self.minimum:
+            raise Refused(
+                f"the key holder opens no sum over fewer than {deal.minimum} clients, the run would ask for one over "
+                f"{self.minimum}: set protect.minimum={deal.minimum}"
+            )
 
     def close(self) -> None:
         """End the processes that expand seeds."""
