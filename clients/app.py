@@ -20,6 +20,7 @@ from privacy.refused import Refused
 if TYPE_CHECKING:
     from clients.own_ledger import OwnLedger
     from clients.training import Node
+    from privacy.cohort_noise import CohortNoise
     from privacy.keyholder import KeyHolder
 
 app = ClientApp()
@@ -71,12 +72,21 @@ def keyholder(message: Message, context: Context) -> Message:
     try:
         mine = _keyholder(context)
         try:
-            said = holder.answer(mine, messages.decode_bytes(message.content))
+            said = holder.answer(mine, messages.decode_bytes(message.content), _noise(context))
         finally:
             mine.close()
     except Exception as error:
         said = holder.pack({"refused": _reason(error)})
     return Message(messages.encode_bytes(said), reply_to=message)
+
+
+def _noise(context: Context) -> "CohortNoise | None":
+    """What this key holder puts on every sum, as its owner has it."""
+    from privacy.cohort_noise import CohortNoise
+
+    config = context.node_config
+    names = ("multiplier", "expected", "quantile", "adapt-rate")
+    return CohortNoise(*(float(config[name]) for name in names)) if "multiplier" in config else None
 
 
 def _key_node(context: Context) -> RecordDict:

@@ -16,6 +16,7 @@ from clients.task import Task
 from privacy import bfv, durable, holder, key_letter
 from privacy.bfv import Parameters
 from privacy.encrypted_sum import Protector
+from privacy.holder import Shown
 from privacy.integers import Grid, Integers
 from privacy.refused import Refused
 from scenarios.settings import Protect
@@ -54,12 +55,9 @@ def parameters(grid: Grid, wanted: Protect) -> Parameters:
     return bfv.fit(wanted.trust, grid.entries, grid.width, wanted.max_clients)
 
 
-def shown(task: Task, grid: Grid, attempt: int) -> bytes:
-    """The hash of what every client of a round is shown alike: a sum over clients that saw different is not opened.
-
-    attempt: the server's, so that what a client made for an earlier one fits no aggregate of this one.
-    """
-    return hashlib.sha256(b"umbel shown" + attempt.to_bytes(8, "big") + view(task, grid)).digest()
+def shown(task: Task, grid: Grid, attempt: int) -> Shown:
+    """What every client of a round is shown alike: a sum over clients that saw different is not opened."""
+    return Shown(grid, view(task, grid), attempt)
 
 
 def request(attempt: int, letter: bytes, public: bytes) -> bytes:
@@ -91,7 +89,7 @@ class Member:
         identity, private = Ed25519PublicKey.from_public_bytes(self.holder), recipient(self.states, task.client)
         keys = key_letter.read(letter, public, asked.run, task.client, ROUNDS, made, identity, private)
         self._once(task, asked.run, attempt)
-        return Protector(keys).protect(task.round, values, shown(task, grid, attempt))
+        return Protector(keys).protect(task.round, values, shown(task, grid, attempt).hash)
 
     def _once(self, task: Task, run: str, attempt: int) -> None:
         """Note down, before it is done, that this round of this attempt is answered. Raises Refused for a second time.

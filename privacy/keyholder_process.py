@@ -5,11 +5,15 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from privacy import holder
 from privacy.child import Child
 from privacy.holder import Remote, Unreachable
 from privacy.refused import Refused
+
+if TYPE_CHECKING:
+    from privacy.cohort_noise import CohortNoise
 
 _LENGTH = struct.Struct("<Q")
 _MOST = 1 << 34
@@ -21,13 +25,23 @@ _SERVE = "from privacy.keyholder_process import serve; serve()"
 class Process(Remote):
     """A `Holder`. The process is started at first use, and again after it died; `close` ends it.
 
-    clients: X25519 public keys by name. The rest as for `KeyHolder`, whose Refused it raises at its start.
+    clients: X25519 public keys by name. noise: fields of the `CohortNoise` that it puts on every sum. The rest as for
+    `KeyHolder`, whose Refused it raises at its start, and `holder.answer`.
     """
 
-    def __init__(self, folder: Path, clients: Mapping[str, bytes], cohort: int, minimum: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        clients: Mapping[str, bytes],
+        cohort: int,
+        minimum: int,
+        noise: Mapping[str, float] | None = None,
+        seeded: bool = False,
+    ) -> None:
         super().__init__(self._exchanged)
         keys = {name: key.hex() for name, key in clients.items()}
-        self._told = {"folder": str(folder), "clients": keys, "cohort": cohort, "minimum": minimum}
+        self._told: dict[str, Any] = {"folder": str(folder), "clients": keys, "cohort": cohort, "minimum": minimum}
+        self._told |= {"noise": dict(noise) if noise else None, "seeded": seeded}
         self._child: Child | None = None
         self.identity = self._started()
 
@@ -81,9 +95,18 @@ def serve() -> None:
         except (Refused, OSError) as error:
             _write(holder.pack({"refused": str(error)}))
             return
+        noise = _noise(told["noise"])
         _write(holder.pack({}, mine.identity))
         while True:
-            _write(holder.answer(mine, _read()))
+            _write(holder.answer(mine, _read(), noise, told["seeded"]))
+
+
+def _noise(fields: Mapping[str, float] | None) -> "CohortNoise | None":
+    if fields is None:
+        return None
+    from privacy.cohort_noise import CohortNoise  # loads torch, which nothing else here needs
+
+    return CohortNoise(**fields)
 
 
 def _read() -> bytes:

@@ -1,7 +1,7 @@
 """A round's sum under encryption: what the clients encrypt is added as it comes, and the key holder opens the sum."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
@@ -9,11 +9,13 @@ from clients import encrypting, upload
 from clients.task import Hello, Protection, Reply, Task
 from privacy import packing
 from privacy.bfv import Parameters
+from privacy.cohort_noise import CohortNoise
 from privacy.encrypted_sum import EncryptedSum
 from privacy.expansion import Died, Worker
 from privacy.holder import Deal, Holder, Unreachable
-from privacy.integers import Grid, Integers
+from privacy.integers import Grid
 from privacy.refused import Refused
+from scenarios.seeds import derive
 from scenarios.settings import Protect
 from server.combine import Summed
 from server.gather import Ask, Good, summed
@@ -38,6 +40,10 @@ class Encrypted:
     """Fewest clients whose sum is opened; the key holder has its own."""
     wanted: Protect
     holder: Holder
+    noise: CohortNoise | None = None
+    """What the key holder is to put on every sum, under client-level DP."""
+    noise_seed: int | None = None
+    """privacy.noise_seed."""
     _deals: dict[Parameters, Deal] = field(default_factory=dict)
     _workers: dict[Parameters, Worker] = field(default_factory=dict)
 
@@ -59,6 +65,11 @@ class Encrypted:
             raise Refused(
                 f"the key holder opens no sum over fewer than {deal.minimum} clients, the run would ask for one over "
                 f"{self.minimum}: set protect.minimum={deal.minimum}"
+            )
+        if deal.noise != (asdict(self.noise) if self.noise else None):
+            raise Refused(
+                f"the key holder puts {_noise(deal.noise)} on a sum, this run is planned with "
+                f"{_noise(asdict(self.noise) if self.noise else None)}: start `umbel keyholder` with that"
             )
 
     def close(self) -> None:
@@ -93,7 +104,16 @@ class Encrypted:
         sent = list(good(replies(), read))
         if len(sent) < self.minimum:
             raise Closed(f"{len(sent)} updates came, {self.minimum} are the least of a sum that is opened")
-        found = self._open(total, run, tasks[0], grid, deal)
+        opened = self._open(total, run, tasks[0], grid, deal)
+        if self.noise:
+            noisy = np.frombuffer(opened, "<f8")
+            if noisy.shape != (grid.size + 1,) or not np.isfinite(noisy).all():
+                raise Closed("the key holder published what is no sum")
+            return Summed(noisy[:-1], float(len(sent)), float(noisy[-1]), noised=True)
+        try:
+            found = packing.unpack(opened, grid.entries, grid.width)
+        except ValueError as error:
+            raise Closed(f"the key holder published what is no sum: {error}") from None
         said = sum(grid.weigh(upload.weight(task, roster[task.client].examples)) for task in sent)
         if int(found[-2]) != said:
             raise Closed(f"weights add up to {found[-2]}, those of the {len(sent)} clients to {said}: one of them lied")
@@ -102,22 +122,20 @@ class Encrypted:
         except ValueError as error:
             raise Closed(f"{error}: one of them lied") from None
 
-    def _open(self, total: EncryptedSum, run: str, task: Task, grid: Grid, deal: Deal) -> Integers:
-        """The entries (P + 2,) of the sum.
+    def _open(self, total: EncryptedSum, run: str, task: Task, grid: Grid, deal: Deal) -> bytes:
+        """What the key holder publishes of the sum.
 
         A round that was opened before is not opened again: its answer holds where it is a sum over the same clients of
         updates to the same model, whatever the attempt.
         """
         seen = encrypting.shown(task, grid, self.attempt)
-        opened = self.holder.open(run, task.round, total.roster, seen, total.seal(deal.link_key))
+        seed = None if self.noise_seed is None else derive(self.noise_seed, "noise", task.round)
+        opened = self.holder.open(run, task.round, total.roster, seen, total.seal(deal.link_key), seed)
         if opened.roster != total.roster:
             raise Closed(f"round {task.round} was opened before, for {len(opened.roster)} other clients")
-        if opened.shown not in (encrypting.shown(task, grid, attempt) for attempt in range(self.attempt, 0, -1)):
+        if opened.shown not in (encrypting.shown(task, grid, one).hash for one in range(self.attempt, 0, -1)):
             raise Closed(f"round {task.round} was opened before, for another model")
-        try:
-            return packing.unpack(opened.published, grid.entries, grid.width)
-        except ValueError as error:
-            raise Closed(f"the key holder published what is no sum: {error}") from None
+        return opened.published
 
     def _asked(self, task: Task, grid: Grid, parameters: Parameters, deal: Deal) -> Task:
         request = encrypting.request(self.attempt, deal.letters[task.client], deal.public)
@@ -137,3 +155,8 @@ class Encrypted:
             self.close()
             self._workers = {parameters: Worker(parameters)}
         return self._workers[parameters]
+
+
+def _noise(fields: Mapping[str, float] | None) -> str:
+    """As the options of `umbel keyholder`."""
+    return " ".join(f"--{name.replace('_', '-')} {value!r}" for name, value in (fields or {}).items()) or "no noise"

@@ -24,6 +24,12 @@ def keyholder(
         int | None, typer.Option(help="Fewest clients in a sum that is opened, else the larger of 3 and half of them.")
     ] = None,
     cohort: Annotated[int | None, typer.Option(help="Clients that are asked a round, else all of them.")] = None,
+    multiplier: Annotated[
+        float | None, typer.Option(help="privacy.unit=client: noise on every sum, in units of the norm.")
+    ] = None,
+    expected: Annotated[float | None, typer.Option(help="With it: clients expected in a round.")] = None,
+    quantile: Annotated[float, typer.Option(help="With it: privacy.quantile.")] = 0.5,
+    adapt_rate: Annotated[float, typer.Option(help="With it: privacy.adapt_rate under privacy.adapt, else 0.")] = 0.0,
     superlink: Annotated[
         str, typer.Option(help="HOST:PORT of the SuperLink; without it the key is printed alone.")
     ] = "",
@@ -38,8 +44,12 @@ def keyholder(
     from privacy.keyholder import KeyHolder
     from server.superlink import COMMANDS, environment, running
 
-    told: dict[str, str | int] = {"keys": str(folder.absolute()), "clients": str(clients.absolute())}
+    if (multiplier is None) != (expected is None):
+        raise Refused("--multiplier and --expected go together: give both, or none for sums without noise")
+    told: dict[str, str | int | float] = {"keys": str(folder.absolute()), "clients": str(clients.absolute())}
     told |= {name: value for name, value in (("minimum", minimum), ("cohort", cohort)) if value is not None}
+    if multiplier is not None and expected is not None:
+        told |= {"multiplier": multiplier, "expected": expected, "quantile": quantile, "adapt-rate": adapt_rate}
     holder = KeyHolder(folder, read_peers(clients), cohort, minimum)
     print(f'keyholder="{holder.identity.hex()}"', flush=True)
     holder.close()

@@ -110,3 +110,8 @@ def _encryptable(settings: Settings) -> None:
             f"protect.trust=shared lets every client read the sum before privacy.unit={unit} has put noise on it: set "
             "protect.trust=split, or protect=masked"
         )
+    if settings.privacy.bands > 1:
+        raise Refused(
+            "privacy.bands correlates the noise of rounds, and the key holder of protect=encrypted draws that of each "
+            "by itself: set privacy.bands=1, or protect=masked"
+        )

@@ -144,7 +144,7 @@ def prepare(
             tests = budget.test_plans(roster, settings)
             charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, start, tests, before)
         score = scorer(node, fleet, sorted(roster), tests, charged)
-        gathered = _gathered(node, folder, fleet, roster, runtime)
+        gathered = _gathered(node, folder, fleet, roster, plans, runtime)
     except Refused:
         if start is None:
             folder.discard()
@@ -191,14 +191,21 @@ def enough(roster: Mapping[str, Hello], settings: Settings) -> None:
         raise Refused(f"server.combine={settings.server.combine} needs {least} replies, a round asks {drawn} clients")
 
 
-def _gathered(node: Node, folder: RunFolder, fleet: Fleet, roster: Mapping[str, Hello], runtime: str) -> Gather:
+def _gathered(
+    node: Node,
+    folder: RunFolder,
+    fleet: Fleet,
+    roster: Mapping[str, Hello],
+    plans: Mapping[str, Plan],
+    runtime: str,
+) -> Gather:
     """How sums are read; every start of the server is an attempt of its own at the rounds to come."""
     settings = node.settings
     if settings.protect.mode == "none":
         return clear
     if settings.protect.mode == "encrypted":
         size = len(flatten(node.template))
-        return key_home.encrypted(fleet, runtime != "deployment", folder, roster, settings, size)
+        return key_home.encrypted(fleet, runtime != "deployment", folder, roster, plans, settings, size)
     before = folder.read_json("protect.json") or {"run": secrets.token_hex(16), "attempt": 0}
     now = {**before, "attempt": before["attempt"] + 1}
     folder.write_json("protect.json", now)

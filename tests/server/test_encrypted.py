@@ -88,8 +88,12 @@ class Site:
     gathers: list[Encrypted] = field(default_factory=list)
 
     def gathered(self, attempt: int = 1, exchange: Callable[[bytes], bytes] | None = None) -> Encrypted:
-        wanted, remote = self.node.settings.protect, Remote(exchange or partial(messages.answer, self.keys))
-        self.gathers.append(Encrypted("run", attempt, self.keys.minimum, wanted, remote))
+        settings = self.node.settings
+        plans = budget.plans(EmbeddedFleet(self.node).hello(), settings)
+        noise = rounds.central_noise(plans, settings) if settings.privacy.by_client else None
+        answers = partial(messages.answer, self.keys, noise=noise, seeded=settings.privacy.noise_seed is not None)
+        told = settings.protect, Remote(exchange or answers), noise, settings.privacy.noise_seed
+        self.gathers.append(Encrypted("run", attempt, self.keys.minimum, *told))
         return self.gathers[-1]
 
     def federate(
@@ -418,6 +422,7 @@ def test_a_run_goes_on_with_its_key_holder_and_leaves_no_secret_in_its_folder(tm
         ("protect.minimum=1", "a sum over one client is that client's update, set 2 at least"),
         ("protect.max_clients=5", "set protect.max_clients=6"),
         ("privacy.unit=client protect.trust=shared", "lets every client read the sum before privacy.unit=client"),
+        ("privacy.unit=client privacy.bands=2", "privacy.bands correlates the noise of rounds"),
         ("server.combine=median", "server.combine=median compares single updates"),
     ],
 )
