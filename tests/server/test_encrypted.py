@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,6 +22,7 @@ from clients import encrypting, upload
 from clients.task import Hello, Reply, Task
 from clients.training import Node
 from privacy import holder as messages
+from privacy.cohort_noise import CohortNoise
 from privacy.holder import Remote, Unreachable
 from privacy.keyholder import KeyHolder
 from privacy.keyholder_process import Process
@@ -28,6 +31,7 @@ from scenarios import Examples, Federation, Scenario
 from scenarios.settings import Settings, override
 from server import budget, facts, gather, rounds, select
 from server import run as job
+from server.combine import Summed
 from server.embedded import EmbeddedFleet
 from server.encrypted import Encrypted
 from server.record import RunFolder
@@ -142,6 +146,19 @@ def in_the_clear(folder: Path, text: str) -> ServerState:
     return state
 
 
+def exact_sum(folder: Path, text: str) -> np.ndarray:
+    """What the server reads in the clear in round 1, (P,)."""
+    sums, scenario = list[np.ndarray](), made(f"codec=int16 rounds.number=1 {text}")
+
+    def kept(*given: Any) -> Summed:
+        sums.append((summed := gather.clear(*given)).total)
+        return summed
+
+    node = Node(scenario, scenario.settings, scenario.data(scenario.settings), folder / "exact")
+    Site.federate(Site(folder, node, None), kept)  # type: ignore[arg-type]
+    return sums[0]
+
+
 # ---- the sum ----
 
 
@@ -176,6 +193,50 @@ def test_the_report_says_parameters_security_and_the_bytes_that_a_client_really_
     assert told["parameters"].startswith("BFV, degree 4096")
     assert told["security_bits"] == {"split": 192, "shared": 192}[trust]
     assert heard.rows[0]["bytes_up"] == len(NAMES) * told["upload_bytes_per_client"]
+
+
+def test_the_server_never_has_a_sum_without_the_noise_that_is_due(site: Any) -> None:
+    here, seen = site(f"{CLIENT} privacy.noise_seed= rounds.number=1"), list[np.ndarray]()
+    gathered = here.gathered()
+    ask = gathered.holder._exchange
+
+    def watched(request: bytes) -> bytes:
+        said, parts = messages.unpack(answer := ask(request))
+        if "roster" in said:
+            seen.append(np.frombuffer(parts[1], "<f8"))
+        return bytes(answer)
+
+    gathered.holder._exchange = watched
+    begin = first_state(here.node.template, here.node.settings).weights
+    state, heard = here.federate(gathered)
+    plans = budget.plans(heard.hello(), here.node.settings)
+    noise = rounds.central_noise(plans, here.node.settings)
+    assert isinstance(noise, CohortNoise)
+    np.testing.assert_allclose(seen[0][:-1] / noise.expected, state.weights - begin, atol=1e-6)
+    spread = np.std(seen[0][:-1] - exact_sum(here.folder, CLIENT)) / (noise.multiplier * 0.2)
+    assert 0.75 < spread < 1.3
+    again, _ = here.federate(here.gathered(2))  # as after a kill: the stored sum, never fresh noise
+    assert (again.weights == state.weights).all()
+
+
+def test_a_seed_for_the_noise_is_taken_from_nobody_where_the_key_holder_was_not_told_so(site: Any) -> None:
+    sums = []
+    for _ in range(2):
+        here = site(f"{CLIENT} rounds.number=1")
+        plans = budget.plans(EmbeddedFleet(here.node).hello(), here.node.settings)
+        noise = rounds.central_noise(plans, here.node.settings)
+        gathered = here.gathered(exchange=partial(messages.answer, here.keys, noise=noise, seeded=False))
+        sums.append(here.federate(gathered)[0].weights)
+    assert (sums[0] != sums[1]).any()
+
+
+@pytest.mark.parametrize("text", [CLIENT, "privacy.unit=none"])
+def test_a_key_holder_with_other_noise_than_planned_is_refused_before_anyone_trains(site: Any, text: str) -> None:
+    here = site(text)
+    wrong = CohortNoise(0.5, 6.0) if text == CLIENT else CohortNoise(1.0, 6.0)
+    gathered = here.gathered(exchange=partial(messages.answer, here.keys, noise=wrong))
+    with pytest.raises(Refused, match=r"puts --multiplier .* on a sum, this run is planned with"):
+        gathered.meet(upload.encryption(here.node.settings, 130), EmbeddedFleet(here.node).hello())
 
 
 # ---- bad clients ----
@@ -287,6 +348,20 @@ def test_a_client_encrypts_under_no_key_that_its_key_holder_did_not_sign(site: A
     reply = next(EmbeddedFleet(here.node).ask([replace(task, protection=said)]))
     assert not reply.payload
     assert any(words in reply.reason for words in ("without the protection", "cannot be read", "is not signed"))
+
+
+def test_a_server_that_claims_a_narrower_grid_to_get_less_noise_gets_no_sum(
+    site: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, shown = site(f"{CLIENT} rounds.number=1"), encrypting.shown
+
+    def narrower(task: Task, grid: Any, attempt: int) -> Any:
+        return replace(true := shown(task, grid, attempt), grid=replace(true.grid, limit=grid.limit / 100))
+
+    monkeypatch.setattr("server.encrypted.encrypting", SimpleNamespace(**vars(encrypting) | {"shown": narrower}))
+    _, heard = here.federate(here.gathered())
+    assert not heard.rows[0]["applied"]
+    assert "is not the sum of its roster's updates" in heard.rows[0]["reason"]
 
 
 # ---- a key holder that is not there ----
