@@ -142,7 +142,7 @@ class GridFleet:
                     return messages.decode_bytes(_good(content))
                 except ValueError as error:
                     raise Unreachable(f"the key holder: {error}") from None
-            if self._stop():
+            if not message and self._stop():
                 raise Unreachable("stopped while it waited for the key holder")
             pause.after(news=False)
         why = "did not answer" if message else "is not among the nodes: start `umbel keyholder`, or wait longer"

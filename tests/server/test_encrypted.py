@@ -364,7 +364,31 @@ def test_a_server_that_claims_a_narrower_grid_to_get_less_noise_gets_no_sum(
     assert "is not the sum of its roster's updates" in heard.rows[0]["reason"]
 
 
-# ---- a key holder that is not there ----
+# ---- a key holder that knows others, or is not there ----
+
+
+def test_a_client_that_is_removed_costs_a_round_then_there_are_new_keys_without_it(site: Any) -> None:
+    here = site("rounds.number=3")
+    least, fewer = here.keys.minimum, NAMES[:-1]
+    deals = list[bytes]()
+
+    def remove(task: Task, reply: Reply) -> Reply:
+        if (task.round, task.client) == (2, NAMES[0]):
+            here.keys.close()
+            here.keys = KeyHolder(here.folder / "keys", encrypting.simulated(here.node.states, fewer), minimum=least)
+        return reply
+
+    def exchange(request: bytes) -> bytes:
+        said, parts = messages.unpack(answer := messages.answer(here.keys, request))
+        deals.extend(parts[:1] if "recipients" in said else [])
+        return answer
+
+    _, heard = here.federate(here.gathered(exchange=exchange), remove)
+    assert [row["applied"] for row in heard.rows] == [True, False, True]
+    assert f"{NAMES[-1]} is not among the clients that this key holder knows" in heard.rows[1]["reason"]
+    assert [entry["name"] for entry in heard.rows[2]["rejected"]] == [NAMES[-1]]
+    assert heard.rows[2]["rejected"][0]["reason"] == "the key holder does not know this client"
+    assert len(set(deals)) == len(deals) == 2
 
 
 def test_a_key_holder_killed_in_a_round_costs_that_round_and_is_started_again(site: Any) -> None:

@@ -186,13 +186,26 @@ def test_a_key_holder_that_cannot_be_reached_is_one_line(nodes: dict[int, Behavi
 
 
 def test_a_key_holder_that_leaves_costs_its_answer_and_one_that_comes_back_is_found() -> None:
-    grid = FakeGrid({9: client("a"), 3: key_holder(said=None)})
+    def leaves(message: Message) -> Message | None:
+        if message.metadata.message_type == "query":
+            return key_holder()(message)
+        del grid.nodes[3]
+        return None
+
+    grid = FakeGrid({9: client("a"), 3: leaves})
     some = GridFleet(grid, ["a"], number=1, wait=5.0)
     some.hello()
-    some._stop = lambda: bool(grid.nodes.pop(3, None)) and False
     with pytest.raises(Unreachable, match="node is gone"):
         some.exchange(b"")
     grid.nodes[4] = key_holder()
+    assert some.exchange(b"") == b"sum"
+
+
+def test_who_asks_to_stop_gets_the_running_round_opened_all_the_same() -> None:
+    grid = FakeGrid({9: client("a"), 3: key_holder()})
+    some = GridFleet(grid, ["a"], number=1, wait=5.0)
+    some.hello()
+    some._stop = lambda: True
     assert some.exchange(b"") == b"sum"
 
 
