@@ -106,9 +106,11 @@ class Encrypted:
             raise Closed(f"{len(sent)} updates came, {self.minimum} are the least of a sum that is opened")
         opened = self._open(total, run, tasks[0], grid, deal)
         if self.noise:
+            if len(opened) != 8 * (grid.size + 1):
+                raise Closed(f"the key holder published {len(opened)} bytes, a sum with noise has 8 a value")
             noisy = np.frombuffer(opened, "<f8")
-            if noisy.shape != (grid.size + 1,) or not np.isfinite(noisy).all():
-                raise Closed("the key holder published what is no sum")
+            if not np.isfinite(noisy).all():
+                raise Closed("the key holder published what is not finite")
             return Summed(noisy[:-1], float(len(sent)), float(noisy[-1]), noised=True)
         try:
             found = packing.unpack(opened, grid.entries, grid.width)

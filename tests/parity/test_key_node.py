@@ -106,12 +106,11 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trust", ["split", "shared"])
-def test_a_key_holder_among_real_nodes_gives_the_embedded_weights(fleet: Fleet, tmp_path: Path, trust: str) -> None:
-    wanted = settings(f"protect.trust={trust}")
+def test_a_key_holder_among_real_nodes_gives_the_embedded_weights(fleet: Fleet, tmp_path: Path) -> None:
+    wanted = settings()
     with RunFolder.create(tmp_path / "run", "digits", wanted) as folder:
         run.run(run.prepare(load("digits"), wanted, folder, EmbeddedFleet, Quiet()))
-    out = fleet.run(trust, wanted)
+    out = fleet.run("run", wanted)
     assert (out / "weights.safetensors").read_bytes() == (tmp_path / "run" / "weights.safetensors").read_bytes()
     rows = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
     assert [(row["applied"], row["replies"]) for row in rows] == [(True, 3), (True, 3)]

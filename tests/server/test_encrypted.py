@@ -231,6 +231,23 @@ def test_a_seed_for_the_noise_is_taken_from_nobody_where_the_key_holder_was_not_
 
 
 @pytest.mark.parametrize("text", [CLIENT, "privacy.unit=none"])
+@pytest.mark.parametrize("published", [b"", b"123", b"\xff" * 8 * 131])
+def test_a_key_holder_that_publishes_no_sum_costs_the_round(site: Any, text: str, published: bytes) -> None:
+    here = site(f"{text} rounds.number=1")
+    gathered = here.gathered()
+    ask = gathered.holder._exchange
+
+    def garbled(request: bytes) -> bytes:
+        said, parts = messages.unpack(answer := ask(request))
+        return messages.pack(said, parts[0], published) if "roster" in said else bytes(answer)
+
+    gathered.holder._exchange = garbled
+    _, heard = here.federate(gathered)
+    assert not heard.rows[0]["applied"]
+    assert "the key holder published" in heard.rows[0]["reason"]
+
+
+@pytest.mark.parametrize("text", [CLIENT, "privacy.unit=none"])
 def test_a_key_holder_with_other_noise_than_planned_is_refused_before_anyone_trains(site: Any, text: str) -> None:
     here = site(text)
     wrong = CohortNoise(0.5, 6.0) if text == CLIENT else CohortNoise(1.0, 6.0)
