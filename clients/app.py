@@ -5,6 +5,7 @@ Torch and Opacus are imported by the handlers, since on a device every message s
 
 import hashlib
 import os
+import re
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,8 @@ from privacy.refused import Refused
 if TYPE_CHECKING:
     from clients.own_ledger import OwnLedger
     from clients.training import Node
+    from privacy.cohort_noise import CohortNoise
+    from privacy.keyholder import KeyHolder
 
 app = ClientApp()
 
@@ -28,6 +31,8 @@ def hello(message: Message, context: Context) -> Message:
     """Say which client this node is and what it holds, or why it cannot take part."""
     from clients import device, messages, training
 
+    if "keys" in context.node_config:
+        return Message(_key_node(context), reply_to=message)
     nodes = _simulated(context)
     try:
         node, name = _here(context)
@@ -56,6 +61,56 @@ def evaluate(message: Message, context: Context) -> Message:
 def protect(message: Message, context: Context) -> Message:
     """Answer the protocol that hides updates, before or after training."""
     return Message(_work(message.content, context), reply_to=message)
+
+
+@app.query("keyholder")
+def keyholder(message: Message, context: Context) -> Message:
+    """Deal the keys of a run or open one of its sums, where this is the node of a key holder."""
+    from clients import messages
+    from privacy import holder
+
+    try:
+        mine = _keyholder(context)
+        try:
+            said = holder.answer(mine, messages.decode_bytes(message.content), _noise(context))
+        finally:
+            mine.close()
+    except Exception as error:
+        said = holder.pack({"refused": _reason(error)})
+    return Message(messages.encode_bytes(said), reply_to=message)
+
+
+def _noise(context: Context) -> "CohortNoise | None":
+    """What this key holder puts on every sum, as its owner has it."""
+    from privacy.cohort_noise import CohortNoise
+
+    config = context.node_config
+    names = ("multiplier", "expected", "quantile", "adapt-rate")
+    return CohortNoise(*(float(config[name]) for name in names)) if "multiplier" in config else None
+
+
+def _key_node(context: Context) -> RecordDict:
+    from clients import messages
+    from clients.task import KeyNode
+
+    try:
+        mine = _keyholder(context)
+    except Exception as error:
+        return messages.encode_refusal(_reason(error))
+    mine.close()
+    return messages.encode_key_node(KeyNode(mine.identity.hex()))
+
+
+def _keyholder(context: Context) -> "KeyHolder":
+    """The key holder that this node is, as its owner has it: `keys`, `clients`, `minimum`, `cohort` in its config."""
+    from clients.masking import read_peers
+    from privacy.keyholder import KeyHolder
+
+    config = context.node_config
+    if "keys" not in config:
+        raise Refused("this node is no key holder: `umbel keyholder` starts one")
+    numbers = (int(config[name]) if name in config else None for name in ("cohort", "minimum"))
+    return KeyHolder(Path(str(config["keys"])), read_peers(Path(str(config.get("clients", "")))), *numbers)
 
 
 def _work(content: RecordDict, context: Context) -> RecordDict:
@@ -108,8 +163,8 @@ def _own(context: Context) -> "OwnLedger | None":
 def _here(context: Context) -> tuple["Node", str]:
     """(what this process has to train with, the name of this node's client).
 
-    A device is told both by its owner: `client`, `data`, `state`, `scenario`, `peers` in its node config. A simulated
-    node is the partition-id'th of the sorted client names, and may be told its data folder by the run.
+    A device is told both by its owner: `client`, `data`, `state`, `scenario`, `peers`, `keyholder` in its node config.
+    A simulated node is the partition-id'th of the sorted client names, and may be told its data folder by the run.
     """
     config, run = context.node_config, context.run_config
     text = str(run["set"])
@@ -122,6 +177,7 @@ def _here(context: Context) -> tuple["Node", str]:
         run=context.run_id,
         device=bool(named),
         peers=str(config.get("peers", "")),
+        keyholder=str(config.get("keyholder", "")),
     )
     clients = sorted(node.federation.sizes)
     if named:
@@ -144,7 +200,9 @@ def _scenario(asked: str, own: str) -> str:
 
 
 @lru_cache(maxsize=1)
-def _node(scenario: str, text: str, data: str, states: str, run: int, device: bool, peers: str) -> "Node":
+def _node(
+    scenario: str, text: str, data: str, states: str, run: int, device: bool, peers: str, keyholder: str
+) -> "Node":
     from clients import masking
     from clients.training import Node
     from scenarios import load
@@ -162,4 +220,12 @@ def _node(scenario: str, text: str, data: str, states: str, run: int, device: bo
     if device:  # digests of this node's data show a change from run to run, too
         secret(folder / "key", secret(Path(states) / "key"))
     known = (masking.read_peers(Path(peers)) if peers else {}) if device else None
-    return Node(loaded, settings, loaded.data(settings), folder, known)
+    trusted = _trusted(keyholder) if device and settings.protect.mode == "encrypted" else None
+    return Node(loaded, settings, loaded.data(settings), folder, known, trusted)
+
+
+def _trusted(keyholder: str) -> bytes:
+    """The public key of the key holder, as this device's owner has it."""
+    if not re.fullmatch("[0-9a-f]{64}", keyholder):
+        raise Refused('protect=encrypted: put what `umbel keyholder` prints, keyholder="KEY", into this node\'s config')
+    return bytes.fromhex(keyholder)

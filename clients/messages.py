@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from clients.task import Charge, Device, Hello, Protection, Reply, Task
+from clients.task import Charge, Device, Hello, KeyNode, Protection, Reply, Task
 from privacy.chain import Head
 from privacy.plan import Mechanism
 from scenarios.weights import Layout
@@ -78,6 +78,8 @@ _HELLO: dict[str, type] = {
     "server_sequence": int,
     "server_digest": str,
     "identity": str,
+    "recipient": str,
+    "keyholder": str,
     "nodes": int,
     "reason": str,
 }
@@ -197,12 +199,18 @@ def encode_hello(hello: Hello, nodes: int = 0) -> RecordDict:
     """The message for `hello`; `nodes` is how many there are where the node is a simulated one, else 0."""
     device = hello.device
     fields = {
-        **{name: getattr(hello, name) for name in ("name", "examples", "digest", "identity")},
+        **{name: getattr(hello, name) for name in ("name", "examples", "digest", "identity", "recipient")},
         **{name: getattr(device, name) for name in ("speed", "down", "up", "memory", "availability")},
         **_written("node", hello.head),
         **_written("server", hello.seen),
     }
-    return RecordDict({_FIELDS: _config({**fields, "nodes": nodes, "reason": ""}, _HELLO)})
+    return RecordDict({_FIELDS: _config({**fields, "keyholder": "", "nodes": nodes, "reason": ""}, _HELLO)})
+
+
+def encode_key_node(node: KeyNode) -> RecordDict:
+    """The message for what the node of a key holder says."""
+    fields = {name: kind() for name, kind in _HELLO.items()}
+    return RecordDict({_FIELDS: _config({**fields, "keyholder": node.identity}, _HELLO)})
 
 
 def encode_refusal(reason: str, nodes: int = 0) -> RecordDict:
@@ -211,18 +219,37 @@ def encode_refusal(reason: str, nodes: int = 0) -> RecordDict:
     return RecordDict({_FIELDS: _config({**fields, "nodes": nodes, "reason": _shown(reason) or "unknown"}, _HELLO)})
 
 
-def decode_hello(record: RecordDict) -> tuple[Hello | str, int]:
-    """(the hello, or the reason why the node cannot take part; how many nodes are simulated, 0 for a real device)."""
+def decode_hello(record: RecordDict) -> tuple[Hello | KeyNode | str, int]:
+    """(the hello, of a client or a key holder, or the reason why the node cannot take part; how many nodes there are
+
+    where they are simulated, 0 for a real device).
+    """
     fields = _fields(record, _HELLO, {_FIELDS})
     if fields["reason"]:
         return _shown(fields["reason"]), fields["nodes"]
     if fields["availability"] > 1:
         raise ValueError(f"an availability of {fields['availability']}")
     device = Device(**{name: fields[name] for name in ("speed", "down", "up", "memory", "availability")})
-    if not re.fullmatch("([0-9a-f]{64})?", fields["identity"]):
-        raise ValueError(f"{_shown(fields['identity'])!r} is no public key")
-    heads = _head(fields, "node"), _head(fields, "server"), fields["identity"]
-    return Hello(_name(fields["name"]), fields["examples"], _name(fields["digest"]), device, *heads), fields["nodes"]
+    keys = fields["identity"], fields["recipient"]
+    for key in (*keys, fields["keyholder"]):
+        if not re.fullmatch("([0-9a-f]{64})?", key):
+            raise ValueError(f"{_shown(key)!r} is no public key")
+    if fields["keyholder"]:
+        return KeyNode(fields["keyholder"]), fields["nodes"]
+    said = _head(fields, "node"), _head(fields, "server"), *keys
+    return Hello(_name(fields["name"]), fields["examples"], _name(fields["digest"]), device, *said), fields["nodes"]
+
+
+def encode_bytes(said: bytes) -> RecordDict:
+    """The message of what a server and a key holder say to each other (privacy/holder.py)."""
+    return RecordDict({_REQUEST: ArrayRecord({_FLAT: _array(said, "uint8", len(said), _PROTOCOL)})})
+
+
+def decode_bytes(record: RecordDict) -> bytes:
+    """The reverse of `encode_bytes`."""
+    if set(record) != {_REQUEST}:
+        raise ValueError("a message with other records than expected")
+    return _data(record, "uint8", None, _PROTOCOL, 1, where=_REQUEST)
 
 
 def _config(fields: Mapping[str, Any], kinds: Mapping[str, type]) -> ConfigRecord:

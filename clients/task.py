@@ -38,7 +38,17 @@ class Hello:
     seen: Head | None = None
     """Of the server's ledger, as this device's own last saw it."""
     identity: str = ""
-    """Its Ed25519 public key, 64 hexadecimal digits, where updates are protected; else empty."""
+    """Its Ed25519 public key, 64 hexadecimal digits, where updates are masked; else empty."""
+    recipient: str = ""
+    """Its X25519 public key, 64 hexadecimal digits, where updates are encrypted; else empty."""
+
+
+@dataclass(frozen=True)
+class KeyNode:
+    """What the node of a key holder says: that it is one, and no client."""
+
+    identity: str
+    """Its Ed25519 public key, 64 hexadecimal digits. Clients know it from elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +67,7 @@ class Charge:
 
 @dataclass(frozen=True)
 class Protection:
-    """What the server says to a client so that it may hide its update (privacy/masks.py)."""
+    """What the server says to a client so that it may hide its update (privacy/masks.py, privacy/key_letter.py)."""
 
     run: str
     """The run's name in the protocol."""
@@ -66,7 +76,7 @@ class Protection:
     minimum: int
     """Fewest clients whose sum may be read."""
     request: bytes
-    """The protocol's own message."""
+    """The protocol's own message: of masks, or the key under which to encrypt."""
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clients import codecs, device, masking, scaffold, state, upload
+from clients import codecs, device, encrypting, masking, scaffold, state, upload
 from clients.task import Device, Hello, Reply, Task
 from privacy import accounting, cohort_noise, dp_sgd, durable, local_noise, noisy_counts
+from privacy.integers import Grid, Integers
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, build_model, predict
 from scenarios.seeds import derive
@@ -35,6 +36,8 @@ class Node:
     states: Path
     peers: Mapping[str, bytes] | None = None
     """Ed25519 public keys of all clients by name, as this device's owner knows them; None: all are simulated."""
+    keyholder: bytes | None = None
+    """Ed25519 public key of the key holder, as this device's owner knows it; None: it is simulated on this disk."""
 
     @cached_property
     def identities(self) -> Mapping[str, bytes]:
@@ -54,9 +57,11 @@ def hello(node: Node, name: str, said: Device = Device()) -> Hello:
         ability = device.draw(node.settings.fleet.profile, name, node.settings.run.seed)
     else:
         ability = device.measure(copy.deepcopy(node.template), examples.x[:32], said)
-    hidden = node.settings.protect.mode != "none"
-    identity = masking.introduced(node.states, name, node.identities) if hidden else ""
-    return Hello(name, len(examples.y), digest(node.states, examples), ability, identity=identity)
+    mode = node.settings.protect.mode
+    identity = masking.introduced(node.states, name, node.identities) if mode == "masked" else ""
+    recipient = encrypting.simulated(node.states, [name])[name].hex() if mode == "encrypted" else ""
+    seen = digest(node.states, examples)
+    return Hello(name, len(examples.y), seen, ability, identity=identity, recipient=recipient)
 
 
 def digest(states: Path, examples: Examples) -> str:
@@ -113,7 +118,7 @@ def _train(node: Node, task: Task) -> Reply:
         grid = upload.grid_of(task, settings)
         assert grid is not None
         entries = upload.integers(update, within, len(examples.y), task, settings, grid)
-        return Reply(task.round, task.client, _member(node).answer(task, grid, entries), len(examples.y), steps)
+        return Reply(task.round, task.client, _hidden(node, task, grid, entries), len(examples.y), steps)
     payload, residual = upload.encode(update, before.residual, within, len(examples.y), task, settings)
     after = state.ClientState(residual=residual)
     if correction is not None:  # the variate does what a residual would: clients/scaffold.py
@@ -126,6 +131,14 @@ def _train(node: Node, task: Task) -> Reply:
 
 def _member(node: Node) -> masking.Member:
     return masking.Member(node.states, node.identities, node.settings.protect)
+
+
+def _hidden(node: Node, task: Task, grid: Grid, entries: Integers) -> bytes:
+    """entries (P + 2,) as they leave, where updates are protected."""
+    if node.settings.protect.mode == "masked":
+        return _member(node).answer(task, grid, entries)
+    keyholder = node.keyholder or encrypting.introduced(node.states)
+    return encrypting.Member(node.states, keyholder, node.settings.protect).encrypt(task, grid, entries)
 
 
 def _drops_out(settings: Settings, task: Task) -> bool:

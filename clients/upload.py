@@ -13,8 +13,8 @@ import numpy as np
 from clients import codecs
 from clients.codecs import CodecError, Payload
 from clients.task import Task
-from privacy import packing
-from privacy.integers import FEWEST, MOST, Grid, Integers
+from privacy import bfv, coefficients, envelope, packing
+from privacy.integers import FEWEST, MOST, Grid, Integers, width
 from privacy.refused import Refused
 from scenarios.seeds import derive
 from scenarios.settings import Settings, override
@@ -81,9 +81,19 @@ def weight(task: Task, examples: int) -> float:
 
 
 def size(settings: Settings, entries: int) -> int:
-    """Bytes that one client sends of an update of `entries` entries, in the clear."""
-    wide = bits(settings)
-    return codecs.resolve(settings.codec).bytes(entries) if wide is None else packing.size(entries + 2, wide)
+    """Bytes that one client sends of an update of `entries` entries; masked ones are taken as in the clear."""
+    if (wide := bits(settings)) is None:
+        return codecs.resolve(settings.codec).bytes(entries)
+    if settings.protect.mode == "encrypted":
+        made = encryption(settings, entries)
+        return envelope.length(made.count, coefficients.size(made))
+    return packing.size(entries + 2, wide)
+
+
+def encryption(settings: Settings, entries: int) -> bfv.Parameters:
+    """How an update of `entries` entries is encrypted. Raises Refused with the nearest that is possible."""
+    wanted = settings.protect
+    return bfv.fit(wanted.trust, entries + 2, width(wanted.bits, wanted.max_clients), wanted.max_clients)
 
 
 def integers(update: Vector, within: bool, examples: int, task: Task, settings: Settings, grid: Grid) -> Integers:

@@ -92,12 +92,25 @@ class CohortNoise:
 
         total: sum (P,) of updates clipped at `clip`. votes: sum of +1/2 for every client that was within it and -1/2
         for every other. norm: how long an update may be where it was changed after `clip`, as rounding does; unset:
-        `clip`. The noise is that of the norm which clipped, not of the next. The norm moves geometrically
-        towards the wanted quantile of the updates' lengths (Andrew et al. 2021, Algorithm 1).
+        `clip`. The noise is that of the norm which clipped, not of the next.
         """
-        noisy = total + random.normal(0.0, self.update_multiplier * (norm or clip), total.shape)
+        return self.settled(*self.noised(total, votes, norm or clip, random), clip)
+
+    def noised(
+        self, total: NDArray[np.float64], votes: float, norm: float, random: np.random.Generator
+    ) -> tuple[NDArray[np.float64], float]:
+        """`total` (P,) and `votes` with the noise of a round on them: from here on everybody may know them."""
+        noisy = total + random.normal(0.0, self.update_multiplier * norm, total.shape)
+        return noisy, votes + random.normal(0.0, self.vote_deviation) if self.adapt_rate else 0.0
+
+    def settled(self, noisy: NDArray[np.float64], votes: float, clip: float) -> tuple[_Vector, float]:
+        """(the round's update (P,), the norm of the next round), from what `noised` made.
+
+        The norm moves geometrically towards the wanted quantile of the updates' lengths (Andrew et al. 2021,
+        Algorithm 1).
+        """
         if self.adapt_rate:
-            within = 0.5 + (votes + random.normal(0.0, self.vote_deviation)) / self.expected
+            within = 0.5 + votes / self.expected
             clip *= math.exp(-self.adapt_rate * (within - self.quantile))
         return (noisy / self.expected).astype(np.float32), clip
 

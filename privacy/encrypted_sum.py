@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from privacy import bfv, coefficients, encryption, envelope, tags
+from privacy import bfv, coefficients, envelope, tags
 from privacy.bfv import DEGREE, Integers, Parameters
 from privacy.coefficients import POLYNOMIAL
 from privacy.envelope import Address, Broken
@@ -31,18 +31,23 @@ class Protector:
     """The client's half, for one run."""
 
     def __init__(self, keys: ClientKeys) -> None:
+        from privacy import encryption  # loads tenseal, which a server lacks a use for
+
         self._keys = keys
         self._encryptor = encryption.Encryptor(keys.parameters, keys.key)
         self._weights = tags.weights(keys.weight_secret, keys.parameters.plain)
 
-    def protect(self, round: int, integers: Integers) -> bytes:
-        """integers (entries,), each below 2^width -> the envelope for the server."""
+    def protect(self, round: int, integers: Integers, shown: bytes = b"") -> bytes:
+        """integers (entries,), each below 2^width -> the envelope for the server.
+
+        shown: hash of what the client was shown; the sum is opened where all clients of the round were shown the same.
+        """
         keys = self._keys
         if not 1 <= round <= keys.rounds:
             raise ValueError(f"round {round} of a run whose key was made for {keys.rounds}")
         slots = bfv.to_slots(integers, keys.parameters)
         plain = keys.parameters.plain
-        pads = tags.pads(keys.pad_secret, keys.run, round, keys.client, len(slots), plain)
+        pads = tags.pads(keys.pad_secret, keys.run, round, keys.client, len(slots), plain, shown)
         tags.write(slots, pads, self._weights, plain)
         address = update_address(keys.parameters, keys.key_id, keys.run, round, keys.client)
         return envelope.seal(address, self._encryptor.encrypt(slots), keys.mac_key)

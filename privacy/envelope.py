@@ -39,11 +39,16 @@ class Address:
     @property
     def length(self) -> int:
         """Bytes of the whole envelope."""
-        return _HEADER.size + self.count * self.size + _MAC
+        return length(self.count, self.size)
 
     def header(self) -> bytes:
         run, sender = _short(self.run.encode()), _short(self.sender.encode())
         return _HEADER.pack(b"UMBE", _VERSION, run, self.round, sender, self.fingerprint, self.count, self.size)
+
+
+def length(count: int, size: int) -> int:
+    """Bytes of an envelope of `count` ciphertexts of `size` bytes."""
+    return _HEADER.size + count * size + _MAC
 
 
 def fingerprint(key_id: bytes, parameters: bytes) -> bytes:

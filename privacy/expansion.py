@@ -6,18 +6,14 @@ seeds it had is refused; the sum is kept here, with the seeds that came after it
 """
 
 import contextlib
-import os
-import select
-import subprocess
 import sys
-import time
 
 import numpy as np
 
 from privacy import coefficients
 from privacy.bfv import DEGREE, Integers, Parameters
+from privacy.child import Child
 from privacy.coefficients import SEED
-from privacy.encryption import SeedSum
 
 _EVERY = 16
 """Clients after which the sum is fetched: 200 kB of seeds at 1.7 M entries, and a sixteenth of the cost each."""
@@ -35,7 +31,7 @@ class Worker:
 
     def __init__(self, parameters: Parameters) -> None:
         self._parameters = parameters
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Child | None = None
         self.clear()
 
     @property
@@ -65,14 +61,9 @@ class Worker:
         return self._total
 
     def close(self) -> None:
-        process, self._process = self._process, None
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe:
-                pipe.close()
+        if self._process:
+            self._process.close()
+            self._process = None
 
     def _fetch(self) -> None:
         for last in (False, True):
@@ -89,40 +80,24 @@ class Worker:
     def _replay(self) -> None:
         """Have a process that knows what came since the last fetch."""
         if self._process is None:
-            self._process = self._started()
+            self._process = Child(_SERVE, self._parameters.to_bytes().hex())
             for seeds in self._since:
                 self._ask(_ADD + seeds, len(_DONE))
 
     def _ask(self, question: bytes, length: int) -> bytearray:
         assert self._process
-        assert self._process.stdin
-        assert self._process.stdout
-        answer = bytearray(length)
         try:
-            left = memoryview(question)
-            while left:
-                left = left[self._process.stdin.write(left) :]
-            _fill(self._process.stdout.fileno(), memoryview(answer), time.monotonic() + _SECONDS)
+            self._process.write(question)
+            return self._process.read(length, _SECONDS)
         except OSError as error:
             self.close()
             raise Died("the process that expands seeds died of this update") from error
-        return answer
-
-    def _started(self) -> subprocess.Popen[bytes]:
-        self.close()
-        environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path))
-        return subprocess.Popen(
-            [sys.executable, "-c", _SERVE, self._parameters.to_bytes().hex()],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            bufsize=0,
-        )
 
 
 def serve() -> None:
     """The worker's side, until its input ends."""
+    from privacy.encryption import SeedSum
+
     parameters = Parameters.from_bytes(bytes.fromhex(sys.argv[1]))
     total = SeedSum(parameters)
     while question := sys.stdin.buffer.read(1):
@@ -135,13 +110,3 @@ def serve() -> None:
         else:
             sys.stdout.buffer.write(total.take().astype("<u8", copy=False).tobytes())
         sys.stdout.buffer.flush()
-
-
-def _fill(pipe: int, data: memoryview, deadline: float) -> None:
-    """Read until `data` is full. Raises OSError where the other end closes or the time is over."""
-    while data:
-        if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
-            raise TimeoutError("no answer")
-        if not (got := os.readv(pipe, [data])):
-            raise BrokenPipeError("it ended")
-        data = data[got:]

@@ -13,7 +13,6 @@ import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from privacy import bfv, coefficients, durable, encryption, key_letter, packing,
 from privacy.bfv import Integers, Parameters
 from privacy.encrypted_sum import aggregate_address, read_aggregate
 from privacy.envelope import Broken
+from privacy.holder import Deal, Opened
 from privacy.refused import Refused
 from privacy.run_keys import RunKeys
 
@@ -31,21 +31,6 @@ FAILURES = 3
 """Openings that may fail before the key is destroyed."""
 Publish = Callable[[Integers, Sequence[str]], bytes]
 """(exact sums (entries,), roster) -> what is told to everybody; central DP noise belongs in here."""
-
-
-@dataclass(frozen=True, repr=False)
-class Deal:
-    """What the server is given at the start of a run."""
-
-    key_id: bytes
-    public: bytes
-    """To be passed on to every client: the public key; empty in `shared`."""
-    letters: Mapping[str, bytes]
-    """To be passed on, client by client; the server can change none, nor the public key."""
-    mac_keys: Mapping[str, bytes]
-    """With which it checks who sent what."""
-    link_key: bytes
-    """With which it seals aggregates."""
 
 
 class KeyHolder:
@@ -99,27 +84,44 @@ class KeyHolder:
             for name, recipient in self._clients.items()
         }
         public = b"" if parameters.trust == "shared" else keys.public
-        return Deal(keys.key_id, public, letters, {name: keys.secrets[name].mac for name in letters}, keys.link_key)
+        mac_keys = {name: keys.secrets[name].mac for name in letters}
+        return Deal(keys.key_id, public, letters, mac_keys, keys.link_key, keys.clients, self.minimum)
 
     def open(
-        self, run: str, round: int, roster: Sequence[str], aggregate: bytes, publish: Publish | None = None
+        self,
+        run: str,
+        round: int,
+        roster: Sequence[str],
+        aggregate: bytes,
+        publish: Publish | None = None,
+        shown: bytes = b"",
     ) -> bytes:
         """What is published of the sum over `roster`; by default the sums, packed at the width of a field.
 
+        shown: hash of what the server says it showed to all of them (privacy/tags.py).
         Whatever comes with a round that was opened, the answer is that round's. Raises Refused, and then nothing of
         the aggregate is known to anybody.
         """
         with self._turn:
-            return self._answer(run, round, roster, aggregate, publish)
+            return self._answer(run, round, roster, aggregate, publish, shown)
 
-    def roster(self, run: str, round: int) -> tuple[str, ...] | None:
-        """Whose sum was opened in a round; None: none was."""
+    def opened(self, run: str, round: int) -> Opened | None:
+        """What was published of a round, and of whom; None: nothing was."""
         record = self._run(run) / f"round-{round:06}.json"
-        if not record.with_suffix(".answer").exists():
+        if not (answer := record.with_suffix(".answer")).exists():
             return None
-        return tuple(json.loads(record.read_bytes())["roster"])
+        said = json.loads(record.read_bytes())
+        return Opened(tuple(said["roster"]), bytes.fromhex(said["shown"]), answer.read_bytes())
 
-    def _answer(self, run: str, round: int, roster: Sequence[str], aggregate: bytes, publish: Publish | None) -> bytes:
+    def _answer(
+        self,
+        run: str,
+        round: int,
+        roster: Sequence[str],
+        aggregate: bytes,
+        publish: Publish | None,
+        shown: bytes,
+    ) -> bytes:
         folder = self._run(run)
         record, answer = folder / f"round-{round:06}.json", folder / f"round-{round:06}.answer"
         if answer.exists():
@@ -132,11 +134,11 @@ class KeyHolder:
             polynomials = read_aggregate(aggregate, address, keys.link_key, parameters)
         except (Broken, coefficients.Unreadable) as error:
             raise Refused(f"the aggregate of round {round} cannot be read: {error}") from error
-        request = {"roster": sorted(roster), "aggregate": hashlib.sha256(aggregate).hexdigest()}
+        request = {"roster": sorted(roster), "shown": shown.hex(), "aggregate": hashlib.sha256(aggregate).hexdigest()}
         if record.exists() and json.loads(record.read_bytes()) != request:
             raise Refused(f"round {round} of run {run} was asked for with another aggregate: it is lost, go on")
         durable.write_atomic(record, json.dumps(request).encode())  # an attempt counts from here on, crash or not
-        sums = self._opened(keys, run, round, roster, polynomials)
+        sums = self._opened(keys, run, round, roster, polynomials, shown)
         if sums is None:
             durable.write_atomic(record, json.dumps({**request, "failed": True}).encode())
             self._retire_if_due(folder)
@@ -158,13 +160,15 @@ class KeyHolder:
             raise Refused(f"a sum over {len(roster)} clients stays closed: protect.minimum={self.minimum}")
 
     def _opened(
-        self, keys: RunKeys, run: str, round: int, roster: Sequence[str], polynomials: Integers
+        self, keys: RunKeys, run: str, round: int, roster: Sequence[str], polynomials: Integers, shown: bytes
     ) -> Integers | None:
         parameters = keys.parameters
         decryptor = encryption.Decryptor(parameters, keys.secret)
         slots = np.stack([decryptor.decrypt(pair) for pair in polynomials])
         plain = parameters.plain
-        pads = [tags.pads(keys.secrets[name].pad, run, round, name, len(slots), plain) for name in sorted(roster)]
+        pads = [
+            tags.pads(keys.secrets[name].pad, run, round, name, len(slots), plain, shown) for name in sorted(roster)
+        ]
         if not tags.hold(slots, pads, tags.weights(keys.weight_secret, plain), plain):
             return None
         return bfv.from_slots(slots, parameters)
@@ -201,8 +205,8 @@ class KeyHolder:
 def least(cohort: int, minimum: int | None = None) -> int:
     """How many clients a sum must be over: `minimum`, or the larger of 3 and half the cohort. Raises Refused."""
     chosen = max(3, -(-cohort // 2)) if minimum is None else minimum
-    if chosen < 2:
-        raise Refused(f"protect.minimum={chosen}: a sum over one client is that client's update, set 2 at least")
+    if chosen < 3:
+        raise Refused(f"protect.minimum={chosen}: of two clients each knows the other's update, set 3 at least")
     if chosen > cohort:
         raise Refused(f"protect.minimum={chosen} of a cohort of {cohort} clients: at most {cohort} can be met")
     return chosen

@@ -1,7 +1,10 @@
 """Tags: what proves that an opened sum is that of a roster's ciphertexts; the client's half and the key holder's.
 
-Slot 0 of ciphertext k of client i holds pad(i, round, k) + sum_j weight_j x slot_j mod t. The pad is pseudo-random
-under a secret of client i and the key holder, the weights under one that all clients share with the key holder. Tags
+Slot 0 of ciphertext k of client i holds pad(i, round, shown, k) + sum_j weight_j x slot_j mod t. The pad is
+pseudo-random under a secret of client i and the key holder, the weights under one that all clients share with the key
+holder. `shown` is the hash of what the server showed to the client, and has to be the same for all of a roster: a
+server that gave all but one another model would find that one's update alone in the sum (Pasquini, Francati and
+Ateniese 2022). Tags
 add as slots do, so the sum's slot 0 must be the sum of the roster's pads plus the weighted sum of the *opened* slots.
 
 Whoever knows neither secret passes with a chance of 1 / t for anything but the sum itself: copies, a client swapped or
@@ -24,9 +27,9 @@ _LIMB = 26
 _MASK = np.uint64((1 << _LIMB) - 1)
 
 
-def pads(secret: bytes, run: str, round: int, client: str, count: int, plain: int) -> list[int]:
+def pads(secret: bytes, run: str, round: int, client: str, count: int, plain: int, shown: bytes = b"") -> list[int]:
     """The pads of `count` ciphertexts mod `plain`. 16 bytes each: the bias is below 2^-76."""
-    names = b"".join(struct.pack("<I", len(name)) + name for name in (run.encode(), client.encode()))
+    names = b"".join(struct.pack("<I", len(name)) + name for name in (run.encode(), client.encode(), shown))
     return _numbers(b"umbel pad" + secret + names + struct.pack("<I", round), count, plain)
 
 

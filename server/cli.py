@@ -11,6 +11,7 @@ import typer
 
 from privacy.refused import Refused
 from server.audit_cli import audit
+from server.keyholder_cli import register as register_keyholder
 from server.ledger_cli import ledger_app
 from server.plan_cli import register
 from server.report_cli import key_app
@@ -252,6 +253,7 @@ def data_get(
 
 
 register(app)
+register_keyholder(app, key_app)
 
 
 def main() -> None:

@@ -87,6 +87,8 @@ class Summed:
     """+1/2 for every client within the norm, -1/2 for every other."""
     reason: str | None = None
     """Why no sum came of the replies: the round is not applied, and paid for whole."""
+    noised: bool = False
+    """Whether the central noise of the round is on total and votes already: the key holder put it there."""
 
     @property
     def mean(self) -> Vector | None:

@@ -88,17 +88,18 @@ def told(settings: Settings, size: int, grid: Grid | None, clients: int, runtime
     mode, degree = settings.protect.mode, None
     if mode == "masked":
         degree = roster.degree(select.cohort_size(clients, settings), exposure.rules(settings, size, clients))
+    encryption = upload.encryption(settings, size) if mode == "encrypted" else None
     return {
         "mode": mode,
-        "trust": settings.protect.trust if mode == "encrypted" else None,
+        "trust": encryption.trust if encryption else None,
+        "parameters": str(encryption) if encryption else None,
+        "security_bits": encryption.security_bits if encryption else None,
         "values": size,
         "bits": grid.bits if grid else None,
         "range": grid.limit if grid else None,
         "rotated": grid.rotation is not None if grid else None,
         "norm": grid.norm if grid and grid.clip else None,
         "max_clients": grid.clients if grid else None,
-        "parameters": None,
-        "security_bits": None,
         "minimum": None if mode == "none" else select.least_summed(clients, settings),
         "neighbours": degree.neighbours if degree else None,
         "threshold": degree.threshold if degree else None,

@@ -9,7 +9,8 @@ from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from clients import messages
-from clients.task import Hello, Reply, Task
+from clients.task import Hello, KeyNode, Reply, Task
+from privacy.holder import Unreachable
 from privacy.refused import Refused
 from server.run import Stopped
 
@@ -18,7 +19,12 @@ _Key = TypeVar("_Key")
 _AHEAD = 32
 """Replies that may wait for their turn, so that memory holds so many payloads and not a whole cohort's."""
 
-_TYPES = {"train": MessageType.TRAIN, "evaluate": MessageType.EVALUATE, "protect": f"{MessageType.QUERY}.protect"}
+_TYPES = {
+    "train": MessageType.TRAIN,
+    "evaluate": MessageType.EVALUATE,
+    "protect": f"{MessageType.QUERY}.protect",
+    "keyholder": f"{MessageType.QUERY}.keyholder",
+}
 
 # Flower's error codes (ErrorCode); a node's own text may quote its data, so it is not passed on.
 _ERRORS = {
@@ -65,6 +71,7 @@ class GridFleet:
         self._greeted: dict[int, str] = {}  # node -> the message that greets it, "" once it is answered
         self._absent: dict[int, str] = {}  # node -> why it cannot take part
         self._here: frozenset[int] = frozenset()
+        self._holder = 0  # the node of the key holder; 0: none has come
         self._simulated = 0  # how many nodes Flower simulates; 0: they are devices
 
     def hello(self) -> Mapping[str, Hello]:
@@ -77,7 +84,9 @@ class GridFleet:
                     f"there are {self._number} clients but {self._simulated} simulated nodes: "
                     f"add --federation-config num-supernodes={self._number}, or set fleet.clients={self._simulated}"
                 )
-            settled = len(self._here) >= self._number and not any(self._greeted.get(node, "?") for node in self._here)
+            settled = len(self._here - {self._holder}) >= self._number and not any(
+                self._greeted.get(node, "?") for node in self._here
+            )
             if len(self._roster) < self._number and (settled or time.monotonic() > limit):
                 raise Refused(self._missing())
             if self._stop():
@@ -113,6 +122,31 @@ class GridFleet:
                 if task.client not in ready:
                     pause.after(heard)
             yield ready.pop(task.client)
+
+    def exchange(self, request: bytes) -> bytes:
+        """The answer of the key holder's node. Raises Unreachable where there is none, or it leaves, or takes too long.
+
+        A key holder that comes, or comes back, within `wait` seconds is waited for.
+        """
+        limit, pause, message = time.monotonic() + self._wait, _Pause(), ""
+        while (left := limit - time.monotonic()) > 0:
+            self._greet(left)
+            if message and self._holder not in self._here:
+                raise Unreachable("the key holder's node is gone")
+            if not message and self._holder in self._here:
+                asked = Message(messages.encode_bytes(request), self._holder, _TYPES["keyholder"], ttl=max(0.1, left))
+                message = self._pushed({"": asked}).get("", "")
+            content = self._pull(message) if message else None
+            if content is not None:
+                try:
+                    return messages.decode_bytes(_good(content))
+                except ValueError as error:
+                    raise Unreachable(f"the key holder: {error}") from None
+            if not message and self._stop():
+                raise Unreachable("stopped while it waited for the key holder")
+            pause.after(news=False)
+        why = "did not answer" if message else "is not among the nodes: start `umbel keyholder`, or wait longer"
+        raise Unreachable(f"the key holder {why} (fleet.wait={self._wait:g})")
 
     def _push(self, sent: Mapping[str, _Sent]) -> None:
         """Send the tasks that are not on their way and whose nodes are there; the weights they share travel once."""
@@ -194,6 +228,9 @@ class GridFleet:
             self._simulated = nodes or self._simulated
             if isinstance(hello, str):
                 raise ValueError(hello)
+            if isinstance(hello, KeyNode):
+                self._holder = self._holder if self._holder in self._here else node
+                return
             if self._expected and hello.name not in self._expected:
                 raise ValueError(f"there is no client {hello.name!r}")
         except ValueError as error:

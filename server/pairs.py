@@ -74,8 +74,6 @@ def _scaffold(settings: Settings) -> None:
 def _summable(settings: Settings) -> None:
     """Refuse what needs a single update where only their sum is read."""
     mode, bits = settings.protect.mode, upload.bits(settings)
-    if mode == "encrypted":
-        raise Refused(f"protect={mode} is not built yet: set protect=masked, or protect=none with codec=int{bits}")
     if bits is None:
         return
     if mode != "none" and settings.codec not in ("float32", f"int{bits}"):
@@ -83,6 +81,8 @@ def _summable(settings: Settings) -> None:
             f"protect={mode} sends integers of protect.bits={bits}, and codec={settings.codec} would make others of "
             f"them: set codec=int{bits}, or protect=none"
         )
+    if mode == "encrypted":
+        _encryptable(settings)
     way = f"protect={mode}" if mode != "none" else f"codec={settings.codec}"
     leave = "protect=none codec=float32"
     if settings.server.combine != "mean":
@@ -99,4 +99,19 @@ def _summable(settings: Settings) -> None:
         raise Refused(
             f"local.scaffold needs every client's own update, and with {way} only their sum is read: set "
             f"local.scaffold=false, or {leave}"
+        )
+
+
+def _encryptable(settings: Settings) -> None:
+    upload.encryption(settings, 1)
+    unit = settings.privacy.unit
+    if settings.protect.trust == "shared" and settings.privacy.by_client:
+        raise Refused(
+            f"protect.trust=shared lets every client read the sum before privacy.unit={unit} has put noise on it: set "
+            "protect.trust=split, or protect=masked"
+        )
+    if settings.privacy.bands > 1:
+        raise Refused(
+            "privacy.bands correlates the noise of rounds, and the key holder of protect=encrypted draws that of each "
+            "by itself: set privacy.bands=1, or protect=masked"
         )

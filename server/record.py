@@ -4,7 +4,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +35,7 @@ class RunFolder:
         self.states = path / "clients"
         """Client states of simulated clients; a real device keeps its own."""
         self._lock = self._hold()
+        self._ends = ExitStack()
 
     @classmethod
     def create(cls, path: Path, scenario: str, settings: Settings) -> "RunFolder":
@@ -62,9 +64,14 @@ class RunFolder:
 
     def close(self) -> None:
         """Let another process hold the run."""
+        self._ends.close()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
+
+    def at_close(self, end: Callable[[], object]) -> None:
+        """End what else holds the run, such as a process of its own, when this is closed."""
+        self._ends.callback(end)
 
     def __enter__(self) -> Self:
         return self

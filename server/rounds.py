@@ -68,7 +68,7 @@ def rounds(
     """
     names = sorted(roster)
     combined, server_step = combine.resolve(settings.server), step.resolve(settings.server)
-    central = _central(plans, settings) if settings.privacy.by_client else None
+    central = central_noise(plans, settings) if settings.privacy.by_client else None
     largest = _largest(roster, settings)
     while state.round < state.until:
         began, number = time.monotonic(), state.round + 1
@@ -106,6 +106,8 @@ def rounds(
         if isinstance(central, BandedNoise):
             update, noise = central.release(summed.total, norm, _random(settings, number), state.noise)
             state = replace(state, noise=noise)
+        elif central is not None and summed.noised:
+            update, clip = central.settled(summed.total, summed.votes, clip)
         elif central is not None:
             update, clip = central.release(summed.total, summed.votes, clip, _random(settings, number), norm)
 
@@ -199,8 +201,8 @@ def _largest(roster: Mapping[str, Hello], settings: Settings) -> int:
     return 0 if alike or upload.bits(settings) is None else max(hello.examples for hello in roster.values())
 
 
-def _central(plans: Mapping[str, Plan], settings: Settings) -> cohort_noise.CohortNoise | BandedNoise:
-    """The noise that the server adds under client-level DP."""
+def central_noise(plans: Mapping[str, Plan], settings: Settings) -> cohort_noise.CohortNoise | BandedNoise:
+    """The noise on a sum under client-level DP."""
     wanted = settings.privacy
     first = next(iter(plans.values()))
     plan = first.whole or first  # all share it

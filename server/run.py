@@ -15,8 +15,8 @@ from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios import Scenario, build_model
 from scenarios.settings import Settings, knobs
-from scenarios.weights import Vector, layout, unflatten
-from server import accounts, budget, combine, edge, facts, pairs, report, select, signature, step
+from scenarios.weights import Vector, flatten, layout, unflatten
+from server import accounts, budget, combine, edge, facts, key_home, pairs, report, select, signature, step
 from server.accounts import Accounts, Exhausted
 from server.gather import Gather, clear
 from server.masked import Masked
@@ -144,12 +144,12 @@ def prepare(
             tests = budget.test_plans(roster, settings)
             charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, start, tests, before)
         score = scorer(node, fleet, sorted(roster), tests, charged)
+        tell = progress.status if runtime == "deployment" else lambda text: None  # elsewhere a stage is over at once
+        gathered = _gathered(node, folder, fleet, roster, plans, runtime, tell)
     except Refused:
         if start is None:
             folder.discard()
         raise
-    tell = progress.status if runtime == "deployment" else lambda text: None  # elsewhere a stage is over at once
-    gathered = _gathered(folder, roster, settings, tell)
     return Job(node, folder, fleet, roster, plans, tests, charged, committed, progress, score, stop, runtime, gathered)
 
 
@@ -198,11 +198,21 @@ def enough(roster: Mapping[str, Hello], settings: Settings) -> None:
 
 
 def _gathered(
-    folder: RunFolder, roster: Mapping[str, Hello], settings: Settings, tell: Callable[[str], None]
+    node: Node,
+    folder: RunFolder,
+    fleet: Fleet,
+    roster: Mapping[str, Hello],
+    plans: Mapping[str, Plan],
+    runtime: str,
+    tell: Callable[[str], None],
 ) -> Gather:
     """How sums are read; every start of the server is an attempt of its own at the rounds to come."""
+    settings = node.settings
     if settings.protect.mode == "none":
         return clear
+    if settings.protect.mode == "encrypted":
+        size = len(flatten(node.template))
+        return key_home.encrypted(fleet, runtime != "deployment", folder, roster, plans, settings, size)
     before = folder.read_json("protect.json") or {"run": secrets.token_hex(16), "attempt": 0}
     now = {**before, "attempt": before["attempt"] + 1}
     folder.write_json("protect.json", now)

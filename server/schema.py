@@ -79,14 +79,14 @@ class Privacy(Closed):
 class Protect(Closed):
     mode: Literal["none", "encrypted", "masked"]
     trust: Literal["split", "shared"] | None
+    parameters: str | None
+    security_bits: Count | None
     values: Count
     bits: Count | None
     range: Amount | None
     rotated: bool | None
     norm: Amount | None
     max_clients: Count | None
-    parameters: str | None
-    security_bits: Count | None
     minimum: Count | None
     neighbours: Count | None
     threshold: Count | None

@@ -11,9 +11,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
 
 from clients import app as client_app
-from clients import masking, messages, training
+from clients import encrypting, masking, messages, training
 from clients.app import app
-from clients.task import Charge, Hello, Protection, Task
+from clients.task import Charge, Hello, KeyNode, Protection, Task
+from privacy import bfv, holder
 from privacy.chain import Head
 from privacy.plan import Mechanism
 from scenarios import build_model, load
@@ -66,7 +67,7 @@ def ask(kind: str, content: RecordDict, context: Context) -> RecordDict:
     return app(message, context).content
 
 
-def hello(context: Context) -> Hello | str:
+def hello(context: Context) -> Hello | KeyNode | str:
     return messages.decode_hello(ask("query", messages.greeting(), context))[0]
 
 
@@ -99,6 +100,47 @@ def test_the_time_on_the_link_is_taken_off_a_devices_deadline(scenario: str, tmp
         reply = messages.decode_reply(ask("train", messages.encode_task(task), device), task)
         assert reply.late is late
         assert bool(reply.payload) is not late
+
+
+def key_node(folder: Path, **more: Any) -> Context:
+    keys = {name: bytes([i + 1] * 32).hex() for i, name in enumerate("abc")}
+    (folder / "clients.toml").write_text("".join(f'{name} = "{key}"\n' for name, key in keys.items()))
+    return context("no such scenario", keys=str(folder / "keys"), clients=str(folder / "clients.toml"), **more)
+
+
+def asked(context: Context, **fields: Any) -> tuple[dict[str, Any], list[bytes]]:
+    content = ask("query.keyholder", messages.encode_bytes(holder.pack(fields)), context)
+    return holder.unpack(messages.decode_bytes(content))
+
+
+def test_a_node_with_keys_is_the_key_holder_and_no_client(tmp_path: Path) -> None:
+    said = hello(key_node(tmp_path))
+    assert isinstance(said, KeyNode)
+    parameters = bfv.fit("split", 10, 20, 3).to_bytes().hex()
+    deal = {"do": "deal", "run": "run", "rounds": 5, "parameters": parameters}
+    dealt, parts = asked(key_node(tmp_path, multiplier=1.5, expected=3.0, quantile=0.5, adapt_rate=0.0), **deal)
+    assert list(dealt["recipients"]) == ["a", "b", "c"]
+    assert dealt["noise"] == {"multiplier": 1.5, "expected": 3.0, "quantile": 0.5, "adapt_rate": 0.0}
+    again, same = asked(key_node(tmp_path), **deal)
+    assert again["noise"] is None
+    assert same[0] == parts[0]
+    assert "neither deal nor open" in asked(key_node(tmp_path), do="sign")[0]["refused"]
+
+
+def test_a_key_holder_says_why_it_is_none(scenario: str, tmp_path: Path) -> None:
+    (tmp_path / "keys").mkdir(mode=0o755)
+    assert "others can read the key folder" in str(hello(key_node(tmp_path)))
+    assert "others can read the key folder" in asked(key_node(tmp_path), do="deal")[0]["refused"]
+    assert "is no key holder" in asked(context(scenario, client="a"), do="deal")[0]["refused"]
+
+
+@pytest.mark.parametrize("said", ["", "ab", "key"])
+def test_a_device_without_the_key_of_its_key_holder_takes_no_part(scenario: str, tmp_path: Path, said: str) -> None:
+    refused = hello(context(scenario, "protect=encrypted", client="a", state=str(tmp_path), keyholder=said))
+    assert "what `umbel keyholder` prints" in str(refused)
+    told = hello(context(scenario, "protect=encrypted", client="a", state=str(tmp_path), keyholder="ab" * 32))
+    assert isinstance(told, Hello)
+    assert told.recipient == encrypting.simulated(tmp_path, ["a"])["a"].hex()
 
 
 @pytest.mark.parametrize(("number", "name"), [(0, "a"), (1, "b")])

@@ -16,8 +16,9 @@ from privacy.bfv import Parameters, Trust
 from privacy.encrypted_sum import EncryptedSum, Protector
 from privacy.expansion import Worker
 from privacy.frames import Attempt, Rules, Stage
+from privacy.holder import Deal
 from privacy.key_letter import ClientKeys
-from privacy.keyholder import Deal, KeyHolder
+from privacy.keyholder import KeyHolder
 from privacy.masks import Client, Server, Sum
 from privacy.packing import Integers
 from privacy.transcript import Store

@@ -288,7 +288,7 @@ def test_a_sum_that_fails_costs_the_round_which_stays_charged(tmp_path: Path, un
         ("codec=int16 server.combine=median", "server.combine=median compares single updates, and with codec=int16"),
         ("codec=int16 server.combine=krum", "server.combine=krum compares"),
         ("codec=int16 server.normalize=true", "server.normalize=true"),
-        ("protect=encrypted protect.bits=9", "codec=int9"),
+        ("protect=encrypted codec=qsgd8", "codec=qsgd8 would make others of them: set codec=int16"),
         ("protect=masked codec=topk:0.1", "codec=topk:0.1 would make others of them: set codec=int16"),
         ("protect=masked server.combine=krum", "server.combine=krum compares single updates, and with protect=masked"),
     ],

@@ -10,7 +10,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from clients import messages
-from clients.task import Hello, Reply, Task
+from clients.task import Hello, KeyNode, Reply, Task
+from privacy.holder import Unreachable
 from privacy.refused import Refused
 from server import grid as grid_module
 from server.grid import GridFleet
@@ -137,6 +138,77 @@ def test_replies_come_one_a_task_in_the_tasks_order_whatever_the_order_of_nodes(
 
 def test_names_are_learnt_from_the_nodes_where_the_server_knows_none() -> None:
     assert list(fleet({9: client("north"), 3: client("south")}).hello()) == ["north", "south"]
+
+
+def key_holder(said: bytes | None = b"sum", keyholder: str = "ab" * 32) -> Behaviour:
+    """A node that says it is a key holder, and answers what it is asked with `said`."""
+
+    def behave(message: Message) -> Message | None:
+        if message.metadata.message_type == "query":
+            return Message(messages.encode_key_node(KeyNode(keyholder)), reply_to=message)
+        assert message.metadata.message_type == "query.keyholder"
+        asked = messages.decode_bytes(message.content)
+        return None if said is None else Message(messages.encode_bytes(asked + said), reply_to=message)
+
+    return behave
+
+
+def test_a_key_holder_among_the_nodes_is_asked_and_is_no_client() -> None:
+    some = fleet({9: client("a"), 3: key_holder(), 7: client("b")}, "a b")
+    assert list(some.hello()) == ["a", "b"]
+    assert some.exchange(b"the ") == b"the sum"
+    assert [reply.client for reply in some.ask(tasks("a", "b"))] == ["a", "b"]
+
+
+def test_clients_are_waited_for_though_a_key_holder_is_there() -> None:
+    grid = FakeGrid({3: key_holder(), 9: client("a")})
+    some = GridFleet(grid, ["a", "b"], number=2, wait=5.0)
+
+    def late() -> bool:
+        grid.nodes[8] = client("b")
+        return False
+
+    some._stop = late
+    assert list(some.hello()) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "why"),
+    [
+        ({}, "is not among the nodes: start `umbel keyholder`"),
+        ({3: key_holder(said=None)}, "did not answer"),
+        ({3: key_holder(keyholder="no key")}, "is not among the nodes"),
+    ],
+)
+def test_a_key_holder_that_cannot_be_reached_is_one_line(nodes: dict[int, Behaviour], why: str) -> None:
+    some = fleet({9: client("a"), **nodes}, "a")
+    some.hello()
+    with pytest.raises(Unreachable, match=why):
+        some.exchange(b"")
+
+
+def test_a_key_holder_that_leaves_costs_its_answer_and_one_that_comes_back_is_found() -> None:
+    def leaves(message: Message) -> Message | None:
+        if message.metadata.message_type == "query":
+            return key_holder()(message)
+        del grid.nodes[3]
+        return None
+
+    grid = FakeGrid({9: client("a"), 3: leaves})
+    some = GridFleet(grid, ["a"], number=1, wait=5.0)
+    some.hello()
+    with pytest.raises(Unreachable, match="node is gone"):
+        some.exchange(b"")
+    grid.nodes[4] = key_holder()
+    assert some.exchange(b"") == b"sum"
+
+
+def test_who_asks_to_stop_gets_the_running_round_opened_all_the_same() -> None:
+    grid = FakeGrid({9: client("a"), 3: key_holder()})
+    some = GridFleet(grid, ["a"], number=1, wait=5.0)
+    some.hello()
+    some._stop = lambda: True
+    assert some.exchange(b"") == b"sum"
 
 
 def test_a_big_cohort_is_answered_in_order_and_no_reply_is_fetched_twice() -> None:
