@@ -81,9 +81,14 @@ PROMISES["both"] = Promise(
 )
 
 
-def promise(unit: str, sampling: str = "poisson", bands: int = 1) -> Promise:
-    """The promise of these settings (privacy.unit, privacy.sampling, privacy.bands)."""
+def promise(unit: str, sampling: str = "poisson", bands: int = 1, honest: int = 0, hidden: bool = False) -> Promise:
+    """The promise of these settings (privacy.unit, privacy.sampling, privacy.bands).
+
+    honest: where noise comes in shares, the fewest honest clients in a sum. hidden: updates are, but for their sum.
+    """
     made = PROMISES[unit]
+    if honest:
+        return _shared(honest, hidden)
     if unit == "client" and sampling == "fixed":
         adjacency = "replace all examples of one client by any others; how many clients there are is public"
         return replace(made, adjacency=adjacency)
@@ -96,3 +101,28 @@ def promise(unit: str, sampling: str = "poisson", bands: int = 1) -> Promise:
         noise = f"{made.noise}, correlated over {bands} rounds (DP-FTRL by a banded matrix)"
         return replace(made, not_covered=listed, noise=noise)
     return made
+
+
+def _shared(honest: int, hidden: bool) -> Promise:
+    """privacy.unit=client with privacy.noise=shares (privacy/noise_shares.py)."""
+    condition = (
+        f"as long as at least {honest} of the clients in every sum are honest, whatever the others pool of what they "
+        "know"
+    )
+    server = f"the server, which learns sums alone, {condition}"
+    trusted = "not the server, which reads single updates, each with a share of the noise alone"
+    bare = "the server: it sees the update of each client with that client's own share of the noise, and who took part"
+    return Promise(
+        "a client's update is there, or zeros in its place; who the clients are and who takes part is public",
+        "readers of the model and of this report, and other clients"
+        + (f", and {server}" if hidden else f", {condition}; {trusted}"),
+        _CLIENTS,
+        (
+            *([] if hidden else [bare]),
+            "who took part in which round, when, for how long and with how many bytes, and an error on a client",
+            "the names of the clients, how many they are, and the number of examples of each",
+            _SCENARIO[0],
+        ),
+        "discrete Gaussian in shares that the clients add, the sum over the honest ones at least noise multiplier x "
+        "the norm after rounding",
+    )

@@ -90,7 +90,8 @@ def _privacy(
     compared: Mapping[str, Any],
 ) -> dict[str, Any]:
     wanted = node.settings.privacy
-    made = promise(wanted.unit, wanted.sampling, wanted.bands)
+    honest = select.honest(len(plans), node.settings) if wanted.by_shares else 0
+    made = promise(wanted.unit, wanted.sampling, wanted.bands, honest, node.settings.protect.mode != "none")
     why_not = None
     if wanted.unit == "none":
         why_not = "no privacy was asked for (privacy.unit=none)"

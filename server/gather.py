@@ -13,8 +13,10 @@ import numpy as np
 from clients import upload
 from clients.task import Hello, Reply, Task
 from privacy.integers import Grid, Integers
+from privacy.noise_shares import Shares
 from privacy.plan import Plan
 from scenarios.settings import Settings
+from server import select
 from server.combine import Summed
 
 Read = TypeVar("Read")
@@ -67,7 +69,15 @@ def grid(settings: Settings, plans: Mapping[str, Plan], size: int, number: int, 
     """
     wanted = settings.privacy
     noise = next(iter(plans.values())).mechanism.noise_multiplier if wanted.unit == "local" else 0.0  # all share it
-    return upload.grid(settings, size, number, clip if wanted.by_client or wanted.unit == "local" else 0.0, noise)
+    held = clip if wanted.by_client or wanted.unit == "local" else 0.0
+    return upload.grid(settings, size, number, held, noise, shares(settings, plans))
+
+
+def shares(settings: Settings, plans: Mapping[str, Plan]) -> Shares | None:
+    """What noise every client adds a share of; None where it does not."""
+    if not settings.privacy.by_shares:
+        return None
+    return Shares(next(iter(plans.values())).mechanism.noise_multiplier, select.honest(len(plans), settings))
 
 
 def told(settings: Settings, size: int, grid: Grid | None) -> dict[str, Any]:
@@ -82,5 +92,5 @@ def told(settings: Settings, size: int, grid: Grid | None) -> dict[str, Any]:
         "rotated": grid.rotation is not None if grid else None,
         "norm": grid.norm if grid and grid.clip else None,
         "max_clients": grid.clients if grid else None,
-        "upload_bytes_per_client": upload.size(settings, size),
+        "upload_bytes_per_client": upload.size(settings, size, grid),
     }

@@ -10,7 +10,7 @@ import numpy as np
 from privacy import accounting, certificate, renyi
 from privacy.filter import filtered
 from privacy.plan import Mechanism
-from server.wording import OTHER_CLIENT, REPORT_READER, SERVER, UNITS
+from server.wording import OTHER_CLIENT, REPORT_READER, SERVER, worded
 
 Report = Mapping[str, Any]
 Group = dict[str, Any]
@@ -88,7 +88,7 @@ def derived(report: Report) -> dict[str, Group]:
             "curve": points,
             "whole": spread(second["whole"]),
             "tests": spread(second["tests"]),
-            "adversaries": adversaries(privacy),
+            "adversaries": adversaries(report),
         },
         "composition": {"this_run": worst["epsilon"], **totals(clients), "adaptive": adaptive(stated, own)},
         "interpretation": {
@@ -128,9 +128,10 @@ def gaussian(clients: Sequence[Mapping[str, Any]]) -> Group:
     return {"zcdp_rho": mu_squared / 2, "gdp_mu": math.sqrt(mu_squared)}
 
 
-def adversaries(privacy: Mapping[str, Any]) -> Group:
+def adversaries(report: Report) -> Group:
     """Epsilon against the report's reader, another client and the server; null with the reason where none holds."""
-    words, worst = UNITS.get(privacy["unit"]), costliest(privacy["clients"])
+    privacy = report["privacy"]
+    words, worst = worded(report), costliest(privacy["clients"])
     found: Group = {"reason": None}
     for who in (REPORT_READER, OTHER_CLIENT, SERVER):
         if worst is None:

@@ -201,7 +201,7 @@ def _sampling(unit: str, why: str | None, told: Told) -> Group:
 
 def _wording(told: Told) -> Wording | None:
     wanted = told.settings.privacy
-    return wording(wanted.unit, wanted.sampling, wanted.bands)
+    return wording(wanted.unit, wanted.sampling, wanted.bands, wanted.noise, told.settings.protect.mode)
 
 
 def _kind(told: Told) -> str:
@@ -237,7 +237,7 @@ def _accountant(report: Mapping[str, Any]) -> Group:
         "zcdp_rho_reason": None if gaussian else drawn,
         "gdp_mu_reason": None if gaussian else drawn,
         "curve_accountant": guarantee.CURVE_ACCOUNTANT if clients else None,
-        "adversaries": guarantee.adversaries(report["privacy"]),
+        "adversaries": guarantee.adversaries(report),
     }
 
 

@@ -1,6 +1,8 @@
 """What is said of each unit of privacy: one entry a unit; a unit without one is described by the facts alone."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 REPORT_READER, OTHER_CLIENT, SERVER = "report_reader", "other_client", "server"
 
@@ -116,11 +118,50 @@ UNITS["both"] = replace(
 )
 
 
-def wording(unit: str, sampling: str = "poisson", bands: int = 1) -> Wording | None:
-    """The words of these settings (privacy.unit, privacy.sampling, privacy.bands); None for a unit without an entry."""
+_SHARED = replace(
+    _CLIENT,
+    enforced="each update is clipped by its client, rounded to integers of a bounded norm and noised by it; all weigh "
+    "the same",
+    public=(*_CLIENT.public, "who took part in which round"),
+    server_sees="each client's update with that client's share of the noise alone, and who took part",
+    unprotected="the server reads single updates, each with a share of the noise alone: no epsilon holds against it",
+    family="discrete Gaussian noise in shares that the clients add to their integers (Canonne, Kamath and Steinke "
+    "2020; Kairouz, Liu and Steinke 2021); a Gaussian of the multiplier stated dominates the sum of the honest ones",
+    denominator="the number of clients, whatever number replied",
+    dropout="a sum of fewer clients than protect.minimum is not released, and the round stays charged; more of them "
+    "add noise beyond what is charged",
+    generator="the operating system's entropy for every draw",
+    precision="integers; each share within 2^-180 of the discrete Gaussian",
+    assumption="no amplification is claimed: all are asked in every round and pay for each; of the clients in a sum at "
+    "least protect.minimum less privacy.colluding are honest",
+    empty="a sum of too few is not released",
+)
+_HIDDEN = replace(
+    _SHARED,
+    server_sees="the sum of the noised updates, and who took part",
+    server_before_noise=False,
+    protects_from=frozenset({REPORT_READER, OTHER_CLIENT, SERVER}),
+    unprotected="",
+    covered=("every sum that the server reads", *_CLIENT.covered),
+)
+
+
+def worded(report: Mapping[str, Any]) -> Wording | None:
+    """The words of a report's settings; what an older Umbel's report does not say is as it was then."""
+    said = report["settings"]
+    names = ("privacy.sampling", "poisson"), ("privacy.bands", 1), ("privacy.noise", "server"), ("protect.mode", "none")
+    return wording(report["privacy"]["unit"], *(said.get(name, before) for name, before in names))
+
+
+def wording(
+    unit: str, sampling: str = "poisson", bands: int = 1, noise: str = "server", mode: str = "none"
+) -> Wording | None:
+    """The words of these settings (privacy.unit, .sampling, .bands, .noise, protect.mode); None for an unknown unit."""
     words = UNITS.get(unit)
     if words is None or unit != "client":
         return words
+    if noise == "shares":
+        return _HIDDEN if mode != "none" else _SHARED
     if sampling == "fixed":
         return replace(
             words,

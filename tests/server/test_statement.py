@@ -204,6 +204,6 @@ def test_a_large_fleet_has_few_bins_and_a_bound_for_clients_that_differ():
 def test_a_unit_without_a_description_is_told_by_the_facts(real_run, monkeypatch):
     report = report_of(real_run("client"))
     monkeypatch.delitem(UNITS, "client")
-    found = guarantee.adversaries(report["privacy"])
+    found = guarantee.adversaries(report)
     assert found["server"] is None
     assert report["privacy"]["against"] in found["server_reason"]
