@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from clients.task import Task
 from privacy import durable
 from privacy.frames import Rules, Stage, addressed, padded, run_id
-from privacy.integers import Grid, Integers, width
+from privacy.integers import Grid, Integers
 from privacy.masks import Client
 from privacy.refused import Refused
 from privacy.transcript import FileStore
@@ -116,10 +116,10 @@ class Member:
     """Ed25519 public keys of all clients, itself among them, by name."""
     wanted: Protect
 
-    def answer(self, task: Task, grid: Grid | None = None, values: Integers | None = None) -> bytes:
+    def answer(self, task: Task, grid: Grid | None, values: Integers | None = None) -> bytes:
         """The answer to the protocol's message in `task`.
 
-        grid, values (P + 2,): what is to be masked, where it is the turn of that.
+        grid: of the round. values (P + 2,): what is to be masked, where it is the turn of that.
         Raises Refused for what an honest server does not ask, or not now, and for a sum over too few clients.
         """
         if (asked := task.protection) is None:
@@ -128,11 +128,15 @@ class Member:
             least = self.wanted.minimum or LEAST
             raise Refused(f"the server would open a sum of {asked.minimum} clients, this node's least is {least}")
         try:
-            rules = Rules(asked.entries, width(self.wanted.bits, self.wanted.max_clients), asked.minimum)
+            if grid is None:
+                raise ValueError("nothing is masked but integers")
+            rules = Rules(grid.entries, grid.width, asked.minimum)
+            if asked.entries != grid.entries:
+                raise ValueError(f"{asked.entries} entries are asked for, an update has {grid.entries}")
             attempt, stage = addressed(asked.request, run_id(asked.run, rules))
             if (stage is Stage.MASK) != (values is not None) or attempt.round != task.round:
                 raise ValueError(f"{stage.name.lower()} of {attempt} has no place in a task to {task.kind}")
-            if grid is not None and attempt.view != view(task, grid):
+            if values is not None and attempt.view != view(task, grid):
                 raise ValueError("the other clients have not been shown this model, or not with these settings")
             folder = hashlib.sha256(task.client.encode()).hexdigest()[:16]  # a name from the network is no path
             store = FileStore(self.states / folder / f"masks-{attempt.run.hex()[:16]}")

@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from clients.task import Charge, Device, Hello, KeyNode, Protection, Reply, Task
 from privacy.chain import Head
+from privacy.noise_shares import Shares
 from privacy.plan import Mechanism
 from scenarios.weights import Layout
 
@@ -35,6 +36,8 @@ _TASK: dict[str, type] = {
     "clip": float,
     "update_clip": float,
     "update_noise": float,
+    "share_multiplier": float,
+    "share_honest": int,
     "largest": int,
     "sampling_rate": float,
     "noise_multiplier": float,
@@ -110,6 +113,8 @@ def encode_task(task: Task, arrays: ArrayRecord | None = None) -> RecordDict:
         **{name: getattr(task, name) for name in _TASK if hasattr(task, name)},
         "sampling_rate": mechanism.sampling_rate,
         "noise_multiplier": mechanism.noise_multiplier,
+        "share_multiplier": task.shares.multiplier if task.shares else 0.0,
+        "share_honest": task.shares.honest if task.shares else 0,
         "run": task.charge.run if task.charge else "",
         "attempt": task.charge.attempt if task.charge else 0,
         **_written("server", task.charge.head if task.charge else None),
@@ -158,6 +163,7 @@ def decode_task(record: RecordDict) -> Task:
         clip=fields["clip"],
         update_clip=fields["update_clip"],
         update_noise=fields["update_noise"],
+        shares=_shares(fields),
         largest=fields["largest"],
         charge=_charge(fields),
         protection=_protection(record, fields),
@@ -325,6 +331,15 @@ def _mechanism(fields: Mapping[str, Any]) -> Mechanism | None:
     if not 0 < rate <= 1 or noise == 0:
         raise ValueError(f"a mechanism with sampling rate {rate} and noise multiplier {noise}")
     return Mechanism(sampling_rate=rate, noise_multiplier=noise)
+
+
+def _shares(fields: Mapping[str, Any]) -> Shares | None:
+    multiplier, honest = fields["share_multiplier"], fields["share_honest"]
+    if multiplier == honest == 0:
+        return None
+    if not multiplier or not honest:
+        raise ValueError(f"a noise share of {honest} honest clients with noise multiplier {multiplier}")
+    return Shares(multiplier, honest)
 
 
 def _written(whose: str, head: Head | None) -> dict[str, Any]:

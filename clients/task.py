@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from privacy.chain import Head
+from privacy.noise_shares import Shares
 from privacy.plan import Mechanism
 from scenarios.weights import Layout, Vector
 
@@ -109,6 +110,8 @@ class Task:
     """Client-level and local DP: clipping norm of the whole update; 0: without."""
     update_noise: float = 0.0
     """Local DP: standard deviation of the noise on the update in units of 2 x update_clip; 0: without."""
+    shares: Shares | None = None
+    """Client-level DP with noise in shares: of what noise this client adds a share; None: the server adds it."""
     largest: int = 0
     """Examples of the client that has most of them, which weighs 1 in a sum of integers; 0: all weigh the same."""
     charge: Charge | None = None

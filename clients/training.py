@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from clients import codecs, device, encrypting, masking, scaffold, state, upload
 from clients.task import Device, Hello, Reply, Task
-from privacy import accounting, cohort_noise, dp_sgd, durable, local_noise, noisy_counts
+from privacy import accounting, cohort_noise, dp_sgd, durable, local_noise, noise_shares, noisy_counts
 from privacy.integers import Grid, Integers
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, build_model, predict
@@ -79,7 +79,7 @@ def answer(node: Node, task: Task) -> Reply:
     torch.set_num_threads(1)
     try:
         if task.kind == "protect":
-            return Reply(task.round, task.client, _member(node).answer(task))
+            return Reply(task.round, task.client, _member(node).answer(task, upload.grid_of(task, node.settings)))
         return _train(node, task) if task.kind == "train" else _evaluate(node, task)
     except (Refused, codecs.CodecError) as error:
         return Reply(task.round, task.client, reason=str(error)[:200])
@@ -100,6 +100,9 @@ def _train(node: Node, task: Task) -> Reply:
     if wanted.unit == "local":
         asked = task.update_clip, task.update_noise
         local_noise.hold_to(*asked, wanted.clip, wanted.epsilon, wanted.delta, number)
+    if wanted.by_shares:
+        least = task.protection.minimum if task.protection else None
+        noise_shares.hold_to(task.shares, wanted.epsilon, wanted.delta, number, least, wanted.colluding)
     if task.control is not None and not settings.local.scaffold:
         raise Refused("the task has a control variate that this node's settings do not ask for")
     if _drops_out(settings, task):

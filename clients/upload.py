@@ -13,8 +13,9 @@ import numpy as np
 from clients import codecs
 from clients.codecs import CodecError, Payload
 from clients.task import Task
-from privacy import bfv, coefficients, envelope, packing
+from privacy import bfv, coefficients, envelope, noise_shares, packing
 from privacy.integers import FEWEST, MOST, Grid, Integers, width
+from privacy.noise_shares import Shares
 from privacy.refused import Refused
 from scenarios.seeds import derive
 from scenarios.settings import Settings, override
@@ -51,12 +52,19 @@ def check(settings: Settings) -> None:
         codecs.resolve(settings.codec)
 
 
-def grid(settings: Settings, size: int, number: int, clip: float, noise: float) -> Grid | None:
+def grid(
+    settings: Settings, size: int, number: int, clip: float, noise: float, shares: Shares | None = None
+) -> Grid | None:
     """The grid of round `number` for updates (P,); None where they travel as floats.
 
-    clip, noise: `update_clip` and `update_noise` of the round's tasks. An update that its client noised is as long as
-    its noise made it: no norm is held, and the range leaves room for the noise.
+    clip, noise, shares: `update_clip`, `update_noise` and `shares` of the round's tasks. An update that its client
+    noised before rounding is as long as its noise made it: no norm is held, and the range leaves room for the noise.
     """
+    made = _grid(settings, size, number, clip, noise)
+    return shares.on(made) if made and shares else made
+
+
+def _grid(settings: Settings, size: int, number: int, clip: float, noise: float) -> Grid | None:
     wide, wanted = bits(settings), settings.protect
     if wide is None:
         return None
@@ -69,8 +77,11 @@ def grid(settings: Settings, size: int, number: int, clip: float, noise: float) 
 
 
 def grid_of(task: Task, settings: Settings) -> Grid | None:
-    """`grid` of the round of `task`."""
-    return grid(settings, len(task.weights), task.round, task.update_clip, task.update_noise)
+    """`grid` of the round of `task`; for a task without weights that of the entries that it speaks of."""
+    size = task.protection.entries - 2 if task.kind == "protect" and task.protection else len(task.weights)
+    if size < 1:
+        raise Refused(f"the task speaks of an update of {size} values, it has one at least")
+    return grid(settings, size, task.round, task.update_clip, task.update_noise, task.shares)
 
 
 def weight(task: Task, examples: int) -> float:
@@ -80,29 +91,41 @@ def weight(task: Task, examples: int) -> float:
     return examples / task.largest if task.largest else 1.0
 
 
-def size(settings: Settings, entries: int) -> int:
-    """Bytes that one client sends of an update of `entries` entries; masked ones are taken as in the clear."""
-    if (wide := bits(settings)) is None:
+def size(settings: Settings, entries: int, grid: Grid | None = None) -> int:
+    """Bytes that one client sends of an update of `entries` entries; masked ones are taken as in the clear.
+
+    grid: of any round of them, where clients add noise to their integers.
+    """
+    if (wide := grid.field if grid else bits(settings)) is None:
         return codecs.resolve(settings.codec).bytes(entries)
     if settings.protect.mode == "encrypted":
-        made = encryption(settings, entries)
+        made = encryption(settings, entries, grid)
         return envelope.length(made.count, coefficients.size(made))
     return packing.size(entries + 2, wide)
 
 
-def encryption(settings: Settings, entries: int) -> bfv.Parameters:
+def encryption(settings: Settings, entries: int, grid: Grid | None = None) -> bfv.Parameters:
     """How an update of `entries` entries is encrypted. Raises Refused with the nearest that is possible."""
     wanted = settings.protect
-    return bfv.fit(wanted.trust, entries + 2, width(wanted.bits, wanted.max_clients), wanted.max_clients)
+    wide = grid.width if grid else width(wanted.bits, wanted.max_clients)
+    return bfv.fit(wanted.trust, entries + 2, wide, wanted.max_clients)
 
 
 def integers(update: Vector, within: bool, examples: int, task: Task, settings: Settings, grid: Grid) -> Integers:
-    """The entries (P + 2,) of what one client adds to the sum. Raises CodecError for an update that is not finite."""
+    """The entries (P + 2,) of what one client adds to the sum, its share of the noise on them where there are shares.
+
+    The sum of clip bits has no noise, so there they say nothing. Raises CodecError for an update that is not finite.
+    """
     seed = derive(settings.run.seed, "codec", task.round, task.client)
     try:
-        return grid.quantize(update, weight(task, examples), within, seed)
+        entries = grid.quantize(update, weight(task, examples), within or bool(grid.noise), seed)
     except ValueError as error:
         raise CodecError(str(error)) from None
+    if not grid.noise:
+        return entries
+    wanted = settings.privacy.noise_seed
+    noise = noise_shares.entropy(None if wanted is None else derive(wanted, "noise", task.round, task.client))
+    return noise_shares.added(entries, grid, noise)
 
 
 def encode(
@@ -110,7 +133,7 @@ def encode(
 ) -> tuple[Payload, Vector | None]:
     """(the payload for update (P,), in the clear; the next residual, where the codec keeps one)."""
     if (made := grid_of(task, settings)) is not None:
-        return packing.pack(integers(update, within, examples, task, settings, made), made.bits), None
+        return packing.pack(integers(update, within, examples, task, settings, made), made.field), None
     seed = derive(settings.run.seed, "codec", task.round, task.client)
     return codecs.resolve(settings.codec).encode(update, residual, seed)
 
@@ -120,7 +143,7 @@ def unpack(payload: Payload, expected: float, grid: Grid) -> Integers:
 
     expected: the client's `weight`, as it follows from the examples that it said it has.
     """
-    entries = packing.unpack(payload, grid.entries, grid.bits)
+    entries = packing.unpack(payload, grid.entries, grid.field)
     grid.check(entries)
     if int(entries[-2]) != grid.weigh(expected):
         raise ValueError(f"a weight of {entries[-2]}, its examples make {grid.weigh(expected)}")
@@ -131,7 +154,7 @@ def decode(payload: Payload, task: Task, settings: Settings) -> Vector:
     """The update (P,) that a server reads off one payload in the clear; raises ValueError for bytes that are none."""
     if (made := grid_of(task, settings)) is None:
         return codecs.resolve(settings.codec).decode(payload, len(task.weights))
-    entries = packing.unpack(payload, made.entries, made.bits)
+    entries = packing.unpack(payload, made.entries, made.field)
     made.check(entries)
     total, weighed, _ = made.read(entries, 1)
     return (total / weighed).astype(np.float32)

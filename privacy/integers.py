@@ -12,7 +12,8 @@ that moves by less than a step in each coordinate is at most C + step sqrt(P) lo
 chance of beta, below the third bound (Kairouz, Liu and Steinke 2021, Algorithm 1 and section 4): what does not is
 rounded again, at last towards zero, which lengthens nothing. `norm` is the least of the three.
 
-**Proof of the width.** An entry is at most 2^bits - 1, so a sum of n is below n 2^bits <= 2^(bits + ceil(log2 n)).
+**Proof of the width.** An entry is at most 2^field - 1, so a sum of n is below n 2^field <= 2^(field + ceil(log2 n)).
+`field` is `bits`, and more where clients add noise (privacy/noise_shares.py): it has room for all of a noised value.
 
 Legend: P values of an update, s the step, C the clipping norm.
 """
@@ -40,12 +41,14 @@ _WORTH = 1.04
 """The most that rounding on the range +-C may add to the norm; where it adds more, coordinates are rotated."""
 _SPREAD = 4
 """Range after a rotation, in units of C / sqrt(P): four standard deviations of a coordinate."""
+TAILS = 16
+"""Standard deviations of a client's noise that an entry has room for."""
 _SLACK = 1 + 1e-9
 """For the last digits of the sums of squares in float64."""
 
 
-def width(bits: int, clients: int, widest: int = WIDEST, setting: str = "protect.bits") -> int:
-    """Bits of a sum over `clients` entries of `bits` bits, at most `widest`: no such sum carries.
+def width(bits: int, clients: int, widest: int = WIDEST, setting: str = "protect.bits", room: int = 0) -> int:
+    """Bits of a sum over `clients` entries of `bits` bits and `room` more, at most `widest`: no such sum carries.
 
     Raises Refused for what is impossible, with the nearest that is possible.
     """
@@ -53,14 +56,15 @@ def width(bits: int, clients: int, widest: int = WIDEST, setting: str = "protect
         raise Refused(f"{setting}={bits} has no grid: the nearest is {min(max(bits, FEWEST), MOST)}")
     if clients < 1:
         raise Refused(f"protect.max_clients={clients} sums nothing: the nearest is 1")
-    needed = bits + (clients - 1).bit_length()
+    needed = bits + room + (clients - 1).bit_length()
     if needed > widest:
-        narrower = widest - (clients - 1).bit_length()
-        ways = [f"protect.max_clients={2 ** (widest - bits)}"] if widest >= bits else []
+        narrower = widest - room - (clients - 1).bit_length()
+        ways = [f"protect.max_clients={2 ** (widest - room - bits)}"] if widest >= bits + room else []
         ways += [f"{setting}={narrower}"] if narrower >= FEWEST else []
+        noised = f" and {room} for noise" if room else ""
         raise Refused(
-            f"sums of {clients} clients at {setting}={bits} need {needed} bits, there are {widest}: the nearest is "
-            + " or ".join(ways)
+            f"sums of {clients} clients at {setting}={bits}{noised} need {needed} bits, there are {widest}: the "
+            f"nearest is {' or '.join(ways) or 'without noise shares'}"
         )
     return needed
 
@@ -81,9 +85,11 @@ class Grid:
     """C, L2 norm of an update before rounding; 0: none, and values are bounded by the range alone."""
     rotation: int | None = None
     """Seed of the rotation before rounding, of (run, round); None: coordinates stay as they are."""
+    noise: int = 0
+    """Variance, in steps^2, of the noise that each client adds to each of its values; 0: none."""
 
     def __post_init__(self) -> None:
-        width(self.bits, self.clients)
+        width(self.bits, self.clients, room=self.field - self.bits)
         if not 0 < self.limit < math.inf or not 0 <= self.clip < math.inf or self.size < 1:
             raise ValueError(f"no grid: {self}")
 
@@ -111,12 +117,27 @@ class Grid:
     @property
     def width(self) -> int:
         """Bits of an entry of a sum."""
-        return width(self.bits, self.clients)
+        return width(self.bits, self.clients, room=self.field - self.bits)
+
+    @property
+    def field(self) -> int:
+        """Bits of an entry of one client, its noise included."""
+        return max(self.bits, (2 * self.reach).bit_length())
 
     @property
     def top(self) -> int:
-        """The largest k; a value travels as k + top, 0 to 2 top, since signed fields would borrow from neighbours."""
+        """The largest k before noise."""
         return int(2 ** (self.bits - 1) - 1)
+
+    @property
+    def tail(self) -> int:
+        """The most that noise moves a k: what is further out is clamped."""
+        return math.isqrt(TAILS**2 * self.noise) + 1 if self.noise else 0
+
+    @property
+    def reach(self) -> int:
+        """The largest k; it travels as k + reach, 0 to 2 reach, since signed fields would borrow from neighbours."""
+        return self.top + self.tail
 
     @property
     def heaviest(self) -> int:
@@ -165,35 +186,38 @@ class Grid:
             values = rotated(values, self.rotation)
         exact = np.clip(values * (heavy / self.heaviest / self.step), -self.top, self.top)
         entries = np.empty(self.entries, np.uint64)
-        entries[:-2] = (self._rounded(exact, np.random.default_rng(seed)) + self.top).astype(np.uint64)
+        entries[:-2] = (self._rounded(exact, np.random.default_rng(seed)) + self.reach).astype(np.uint64)
         entries[-2:] = heavy, within
         return entries
 
     def check(self, entries: Integers) -> None:
-        """Raises ValueError, with the reason, for (P + 2,) integers that `quantize` cannot have made."""
+        """Raises ValueError, with the reason, for (P + 2,) integers that no client can have made.
+
+        With noise an update may be as long as its noise, so there only single values are bounded.
+        """
         if entries.shape != (self.entries,) or entries.dtype != np.uint64:
             raise ValueError(f"{entries.dtype} {entries.shape} for a grid of {self.entries} entries")
-        if entries[:-2].max() > 2 * self.top:
-            raise ValueError(f"a value of {entries[:-2].max()}, above {2 * self.top}")
+        if entries[:-2].max() > 2 * self.reach:
+            raise ValueError(f"a value of {entries[:-2].max()}, above {2 * self.reach}")
         if not 1 <= entries[-2] <= self.heaviest or entries[-1] > 1:
             raise ValueError(f"a weight of {entries[-2]} and a clip bit of {entries[-1]} are none")
-        if self.clip and not self._short(entries[:-2].astype(np.float64) - self.top):
+        if self.clip and not self.noise and not self._short(entries[:-2].astype(np.float64) - self.reach):
             raise ValueError(f"an update that is longer than {self.norm:.6g}, the norm after rounding")
 
     def read(self, total: Integers, count: int) -> tuple[Floats, float, float]:
         """(sum of the weighted updates (P,), sum of the weights, votes) of the sum (P + 2,) over `count` clients.
 
-        votes: +1/2 for every client within the norm, -1/2 for every other. Raises ValueError for what no sum of `count`
-        results of `quantize` can be.
+        votes: +1/2 for every client within the norm, -1/2 for every other. Noise that clients added is in the first.
+        Raises ValueError for what no sum over `count` clients can be.
         """
         if not 1 <= count <= self.clients:
             raise ValueError(f"a sum over {count} clients, 1 to {self.clients} can be summed")
         if total.shape != (self.entries,) or total.dtype != np.uint64:
             raise ValueError(f"{total.dtype} {total.shape} for a sum of {self.entries} entries")
         values, weight, within = total[:-2], int(total[-2]), int(total[-1])
-        if values.max() > 2 * self.top * count or not count <= weight <= self.heaviest * count or within > count:
+        if values.max() > 2 * self.reach * count or not count <= weight <= self.heaviest * count or within > count:
             raise ValueError(f"entries that no {count} clients add up to")
-        summed = (values.astype(np.int64) - count * self.top).astype(np.float64) * self.step
+        summed = (values.astype(np.int64) - count * self.reach).astype(np.float64) * self.step
         if self.rotation is not None:
             summed = unrotated(summed, self.rotation)
         return summed, weight / self.heaviest, within - count / 2

@@ -81,9 +81,14 @@ PROMISES["both"] = Promise(
 )
 
 
-def promise(unit: str, sampling: str = "poisson", bands: int = 1) -> Promise:
-    """The promise of these settings (privacy.unit, privacy.sampling, privacy.bands)."""
+def promise(unit: str, sampling: str = "poisson", bands: int = 1, honest: int = 0, hidden: bool = False) -> Promise:
+    """The promise of these settings (privacy.unit, privacy.sampling, privacy.bands).
+
+    honest: where noise comes in shares, the fewest honest clients in a sum. hidden: updates are, but for their sum.
+    """
     made = PROMISES[unit]
+    if honest:
+        return _shared(honest, hidden)
     if unit == "client" and sampling == "fixed":
         adjacency = "replace all examples of one client by any others; how many clients there are is public"
         return replace(made, adjacency=adjacency)
@@ -115,6 +120,16 @@ def summed(made: Promise, unit: str, mode: str, trust: str, drawn: bool) -> Prom
     against = f"readers of the model and of this report{'' if others else ', and other clients'}; not the server, "
     against += f"which reads the sum of each round's updates before the noise is added{', ' if others else ''}{others}"
     server = "the server: it reads the exact sum of each round's updates, without noise, and who took part"
+    if mode == "encrypted":
+        noised = "which gets the sum of each round's updates from the key holder, noised"
+        against = f"readers of the model and of this report{'' if others else ', and other clients'}; "
+        against += (
+            f"not the server, {noised}, but draws who takes part"
+            if drawn
+            else (f"the server too, {noised}, as long as the key holder does not collude with it")
+        )
+        against += f"; {others}" if others else ""
+        server = "the key holder: it reads the exact sum of each round's updates, without noise, and who is in it"
     if unit == "both":
         against = f"of an example: {_EXAMPLE.against}; of a client as a whole: {against}"
         server = "a client as a whole against the server, which reads sums of updates noised for single examples alone"
@@ -122,3 +137,28 @@ def summed(made: Promise, unit: str, mode: str, trust: str, drawn: bool) -> Prom
     few = "how many came to the end of a round: where too few did its sum is lost, which the next weights show"
     listed = (server, *([reason] if reason else []), few, *made.not_covered[1:])
     return replace(made, against=against, not_covered=listed)
+
+
+def _shared(honest: int, hidden: bool) -> Promise:
+    """privacy.unit=client with privacy.noise=shares (privacy/noise_shares.py)."""
+    condition = (
+        f"as long as at least {honest} of the clients in every sum are honest, whatever the others pool of what they "
+        "know"
+    )
+    server = f"the server, which learns sums alone, {condition}"
+    trusted = "not the server, which reads single updates, each with a share of the noise alone"
+    bare = "the server: it sees the update of each client with that client's own share of the noise, and who took part"
+    return Promise(
+        "a client's update is there, or zeros in its place; who the clients are and who takes part is public",
+        "readers of the model and of this report, and other clients"
+        + (f", and {server}" if hidden else f", {condition}; {trusted}"),
+        _CLIENTS,
+        (
+            *([] if hidden else [bare]),
+            "who took part in which round, when, for how long and with how many bytes, and an error on a client",
+            "the names of the clients, how many they are, and the number of examples of each",
+            _SCENARIO[0],
+        ),
+        "discrete Gaussian in shares that the clients add, the sum over the honest ones at least noise multiplier x "
+        "the norm after rounding",
+    )

@@ -96,6 +96,13 @@ class Privacy(Section):
         ge=1,
         description="client: over 1 the noise of that many rounds is correlated, and a client joins one in them",
     )
+    noise: Literal["server", "shares"] = Field(
+        "server",
+        description="client: the server adds the noise to the sum, or each client a share of it to its own integers",
+    )
+    colluding: int = Field(
+        1, ge=0, description="shares: clients in a sum that may pool what they know; the others' noise suffices"
+    )
     max_noise: float = Field(100.0, gt=0, description="largest noise multiplier; more is refused")
     noise_seed: int | None = Field(None, ge=0, description="reproducible noise, for tests and replays: no guarantee")
 
@@ -106,8 +113,13 @@ class Privacy(Section):
 
     @property
     def by_client(self) -> bool:
-        """Whether whole updates are clipped and the server noises their sum."""
+        """Whether whole updates are clipped and their sum is noised."""
         return self.unit in ("client", "both")
+
+    @property
+    def by_shares(self) -> bool:
+        """Whether the clients, not the server, noise that sum."""
+        return self.unit == "client" and self.noise == "shares"
 
     @property
     def update_norm(self) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 
 from clients import upload
 from privacy import accounting, certificate, dp_sgd
+from privacy.noise_shares import Shares
 from scenarios.settings import Local, Settings
 from server import gather, guarantee, provenance, select
 from server.guarantee import mechanism
@@ -212,7 +213,11 @@ def _protected(report: Report) -> Iterator[str]:
             noise = max(client["noise_multiplier"] for client in clients)
             clip = settings.privacy.clip
         by_update = settings.privacy.by_client or settings.privacy.unit == "local"
-        grid = upload.grid(settings, said["values"], 1, clip if by_update else 0.0, noise)
+        shares = None
+        if settings.privacy.by_shares:
+            multiplier = max(client["noise_multiplier"] for client in clients)
+            shares = Shares(multiplier, select.honest(len(clients), settings))
+        grid = upload.grid(settings, said["values"], 1, clip if by_update else 0.0, noise, shares)
         fleet = report["fleet"]
         found = gather.told(settings, said["values"], grid, fleet["clients"], fleet["runtime"])
     except ValueError as error:  # of pydantic, of a grid that cannot be

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from clients.task import Hello
-from privacy import accounting, cohort_noise, fixed_size, local_noise, matrix_noise, noisy_counts
+from privacy import accounting, cohort_noise, fixed_size, local_noise, matrix_noise, noise_shares, noisy_counts
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios.settings import Settings
@@ -25,6 +25,9 @@ def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
     if wanted.unit == "client" and wanted.bands > 1:
         limits = wanted.epsilon, wanted.delta, wanted.clip, wanted.max_noise
         return dict.fromkeys(sorted(roster), matrix_noise.plan(len(roster), wanted.bands, total, *limits))
+    if wanted.by_shares:
+        limits = wanted.epsilon, wanted.delta, wanted.clip, wanted.max_noise
+        return dict.fromkeys(sorted(roster), noise_shares.plan(len(roster), total, *limits))
     if wanted.unit == "client":
         return dict.fromkeys(sorted(roster), _whole(len(roster), settings, total, wanted.epsilon))
     if wanted.unit == "local":

@@ -1,6 +1,7 @@
 """Canary clients: each pushes a ghost coordinate of its own, and is in, or out, as the promise's adjacency says.
 
-Add or remove one: a canary that is out does not answer. Replace one: it pushes the other way, so that the two cases lie
+Add or remove one: a canary that is out does not answer; with noise in shares it sends its share alone, since who takes
+part is known there. Replace one: it pushes the other way, so that the two cases lie
 twice the clipping norm apart. Legend: k canaries, P coordinates of a federation, one a canary, T rounds.
 """
 
@@ -126,6 +127,8 @@ def _federations(
     plan = replace(plan, steps=_UNPAID) if plan.whole else plan
     bands = setup.settings.privacy.bands if select.by_turns(setup.settings) else 1
     for part, block in enumerate(np.array_split(np.arange(len(included)), parts)):
+        if setup.settings.privacy.by_shares:  # as few as are charged for: of more, the noise would be more
+            change = f"protect.minimum={len(block)} privacy.colluding=0"
         settings = override(setup.settings, f"{POST} {change} {seeded(setup.settings, part)}")
         pushes = {f"canary-{i:06}": (i, 1.0 if there else out) for i, there in enumerate(included[block])}
         names = [*pushes, *(f"other-{i:06}" for i in range(-len(block) % group))]
@@ -169,7 +172,7 @@ class _CanaryClients:
     def ask(self, tasks: Sequence[Task]) -> Iterator[Reply]:
         for task in tasks:
             coordinate, part = self.pushes.get(task.client, (0, 0.0))
-            if not part:
+            if not part and task.shares is None:
                 yield Reply(task.round, task.client, reason="is not there")
                 continue
             payload = self._payload(task, coordinate, part * self.way(task.round))
@@ -184,7 +187,7 @@ class _CanaryClients:
     def _payload(self, task: Task, coordinate: int, way: float) -> bytes:
         turned = upload.bits(self.settings) is not None  # integers of each round lie on a grid of their own
         key = task.client, task.update_clip, way, task.round if turned else 0
-        if not task.update_noise and key in self._made:
+        if not task.update_noise and task.shares is None and key in self._made:
             return self._made[key]
         wanted = np.zeros(len(task.weights), np.float32)
         wanted[coordinate] = PUSH * task.update_clip * way

@@ -30,10 +30,13 @@ _CODE = (
 )
 
 
-def rules(settings: Settings, entries: int, clients: int) -> Rules:
-    """The rules of the masked sums over updates of `entries` values, in a fleet of `clients`."""
+def rules(settings: Settings, entries: int, clients: int, grid: integers.Grid | None = None) -> Rules:
+    """The rules of the masked sums over updates of `entries` values, in a fleet of `clients`.
+
+    grid: of any round, where clients add noise to their integers.
+    """
     wanted, least = settings.protect, select.least_summed(clients, settings)
-    return Rules(entries + 2, integers.width(wanted.bits, wanted.max_clients), least)
+    return Rules(entries + 2, grid.width if grid else integers.width(wanted.bits, wanted.max_clients), least)
 
 
 def who_learns(settings: Settings, entries: int, clients: int, runtime: str) -> list[str]:
@@ -175,7 +178,11 @@ def _shared(settings: Settings, minimum: int) -> Iterator[str]:
 
 
 def _before(settings: Settings) -> str:
-    return f", before the noise of privacy.unit={settings.privacy.unit} is added" if settings.privacy.by_client else ""
+    if not settings.privacy.by_client or settings.privacy.by_shares:
+        return ""
+    if settings.protect.mode == "encrypted":
+        return f", with the noise of privacy.unit={settings.privacy.unit} on it, which the key holder adds"
+    return f", before the noise of privacy.unit={settings.privacy.unit} is added"
 
 
 def _tries() -> str:

@@ -91,8 +91,10 @@ def _privacy(
 ) -> dict[str, Any]:
     wanted = node.settings.privacy
     protect = node.settings.protect
-    made = promise(wanted.unit, wanted.sampling, wanted.bands)
-    made = summed(made, wanted.unit, protect.mode, protect.trust, select.secret(node.settings))
+    honest = select.honest(len(plans), node.settings) if wanted.by_shares else 0
+    made = promise(wanted.unit, wanted.sampling, wanted.bands, honest, protect.mode != "none")
+    if not honest:
+        made = summed(made, wanted.unit, protect.mode, protect.trust, select.secret(node.settings))
     why_not = None
     if wanted.unit == "none":
         why_not = "no privacy was asked for (privacy.unit=none)"

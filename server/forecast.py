@@ -123,7 +123,8 @@ def forecast(found: Answer, progress: Callable[[int, int], None], seconds: float
                 break  # slower than it looked at first: the epsilons farther from the target are tried once
             first, journal = first_state(node.template, short), _Unkept(_payable(found, epsilon, short), Counter())
             last = first
-            for state, _ in rounds(fleet, found.roster, plans, first, short, journal, lambda _: NOTHING):
+            held_to = EmbeddedFleet(replace(node, settings=short))  # a node that asked for more noise would refuse
+            for state, _ in rounds(held_to, found.roster, plans, first, short, journal, lambda _: NOTHING):
                 last, done = state, done + 1
                 progress(done, total)
             if (accuracy := score(replace(last, weights=final_weights(last))).accuracy) is not None:

@@ -14,6 +14,7 @@ from clients import upload
 from clients.task import Hello, Reply, Task
 from privacy import lengths, roster
 from privacy.integers import Grid, Integers
+from privacy.noise_shares import Shares
 from privacy.plan import Plan
 from scenarios.settings import Settings
 from server import exposure, select
@@ -69,18 +70,27 @@ def grid(settings: Settings, plans: Mapping[str, Plan], size: int, number: int, 
     """
     wanted = settings.privacy
     noise = next(iter(plans.values())).mechanism.noise_multiplier if wanted.unit == "local" else 0.0  # all share it
-    return upload.grid(settings, size, number, clip if wanted.by_client or wanted.unit == "local" else 0.0, noise)
+    held = clip if wanted.by_client or wanted.unit == "local" else 0.0
+    return upload.grid(settings, size, number, held, noise, shares(settings, plans))
 
 
-def sent(settings: Settings, size: int, clients: int) -> int:
+def shares(settings: Settings, plans: Mapping[str, Plan]) -> Shares | None:
+    """What noise every client adds a share of; None where it does not."""
+    if not settings.privacy.by_shares:
+        return None
+    return Shares(next(iter(plans.values())).mechanism.noise_multiplier, select.honest(len(plans), settings))
+
+
+def sent(settings: Settings, size: int, clients: int, grid: Grid | None = None) -> int:
     """Bytes that one client sends in a round for its update (P,), every stage of a masked sum among them.
 
-    clients: of the fleet; the number of neighbours is that of the cohort expected, of whom nobody drops.
+    clients: of the fleet; the number of neighbours is that of the cohort expected, of whom nobody drops. grid: of any
+    round, where clients add noise to their integers.
     """
     if settings.protect.mode == "masked":
-        drawn, rules = select.cohort_size(clients, settings), exposure.rules(settings, size, clients)
+        drawn, rules = select.cohort_size(clients, settings), exposure.rules(settings, size, clients, grid)
         return sum(lengths.sent(drawn, rules).values())
-    return upload.size(settings, size)
+    return upload.size(settings, size, grid)
 
 
 def told(settings: Settings, size: int, grid: Grid | None, clients: int, runtime: str) -> dict[str, Any]:
@@ -88,7 +98,7 @@ def told(settings: Settings, size: int, grid: Grid | None, clients: int, runtime
     mode, degree = settings.protect.mode, None
     if mode == "masked":
         degree = roster.degree(select.cohort_size(clients, settings), exposure.rules(settings, size, clients))
-    encryption = upload.encryption(settings, size) if mode == "encrypted" else None
+    encryption = upload.encryption(settings, size, grid) if mode == "encrypted" else None
     return {
         "mode": mode,
         "trust": encryption.trust if encryption else None,
@@ -104,6 +114,6 @@ def told(settings: Settings, size: int, grid: Grid | None, clients: int, runtime
         "neighbours": degree.neighbours if degree else None,
         "threshold": degree.threshold if degree else None,
         "quorum": degree.quorum if degree else None,
-        "upload_bytes_per_client": sent(settings, size, clients),
+        "upload_bytes_per_client": sent(settings, size, clients, grid),
         "who_learns": exposure.who_learns(settings, size, clients, runtime),
     }

@@ -10,7 +10,7 @@ import numpy as np
 from privacy import accounting, certificate, renyi
 from privacy.filter import filtered
 from privacy.plan import Mechanism
-from server.wording import OTHER_CLIENT, REPORT_READER, SERVER, UNITS, beside, unprotected
+from server.wording import OTHER_CLIENT, REPORT_READER, SERVER, UNITS, beside, unprotected, worded
 
 Report = Mapping[str, Any]
 Group = dict[str, Any]
@@ -134,7 +134,7 @@ def adversaries(report: Report) -> Group:
     Under `both` the figure is that of an example; a reason beside it says that none of a client as a whole holds.
     """
     privacy, protect = report["privacy"], report["protect"]
-    unit, worst = privacy["unit"], costliest(privacy["clients"])
+    unit, worst, words = privacy["unit"], costliest(privacy["clients"]), worded(report)
     drawn = unit in ("client", "both") and report["settings"]["rounds.fraction"] < 1
     way = unit, protect["mode"], protect["trust"], drawn
     found: Group = {"reason": None}
@@ -145,10 +145,13 @@ def adversaries(report: Report) -> Group:
             why = privacy["why_not"]
         elif unit not in UNITS:
             why = f"not worked out for privacy.unit={unit}; it holds against: {privacy['against']}"
+        elif words is not None and report["settings"].get("privacy.noise") == "shares":
+            why = None if who in words.protects_from else words.unprotected
         else:
             why = unprotected(who, *way)
         found[who] = None if why or worst is None else worst["epsilon"]
-        found[f"{who}_reason"] = why or (beside(who, *way) if unit in UNITS and privacy["guarantee"] else None)
+        told = unit in UNITS and privacy["guarantee"] and report["settings"].get("privacy.noise") != "shares"
+        found[f"{who}_reason"] = why or (beside(who, *way) if told else None)
     return found
 
 

@@ -20,6 +20,7 @@ def hazards(report: Mapping[str, Any]) -> list[Hazard]:
     seeded, ledger = stated["mechanism"]["seeded"], privacy["ledger"]
     references = [key for key in ("without_privacy", "central") if stated["utility"][key] is not None]
     noised = report["settings"].get("evaluation.epsilon") is not None
+    whole = privacy["unit"] == "client" and report["settings"].get("privacy.noise") == "shares"
     by_clients = report["final"]["evaluated_by"] == "clients" and not noised
     verdict = stated["audit"]["verdict"]
     sampled, below = stated["sampling"]["as_assumed"], stated["delta"]["below_one_over_n"]
@@ -29,11 +30,17 @@ def hazards(report: Mapping[str, Any]) -> list[Hazard]:
             not seeded,
             "from a published seed" if seeded else "from the system's entropy",
         ),
-        ("a generator that is not cryptographic", False, stated["mechanism"]["generator"] or "not known"),
+        (
+            "a generator that is not cryptographic",
+            whole and not seeded,
+            stated["mechanism"]["generator"] or "not known",
+        ),
         (
             "attacks on floating-point noise",
-            False,
-            "continuous Gaussian noise in floating point, neither discrete nor snapped",
+            whole,
+            "discrete Gaussian noise, drawn and added in whole numbers"
+            if whole
+            else "continuous Gaussian noise in floating point, neither discrete nor snapped",
         ),
         ("sampling other than the proof assumes", sampled, stated["sampling"]["assumption"] or "not worked out"),
         ("delta at or above 1 / n", below, "delta is compared with the units of every account"),

@@ -24,6 +24,8 @@ def check(settings: Settings) -> None:
         raise Refused(f"privacy.sampling=fixed is for privacy.unit=client, not {privacy.unit}: set it to poisson")
     if privacy.sampling == "fixed" and fraction == 1:
         raise Refused("privacy.sampling=fixed draws a part of the clients: set rounds.fraction below 1, or poisson")
+    if privacy.noise == "shares":
+        _shares(settings)
     if privacy.client_epsilon is not None and privacy.unit != "both":
         raise Refused("privacy.client_epsilon is for privacy.unit=both: elsewhere privacy.epsilon is the one budget")
     if evaluation.epsilon is not None and (evaluation.on == "server" or privacy.unit == "none"):
@@ -44,6 +46,32 @@ def check(settings: Settings) -> None:
         raise Refused(
             "privacy.adapt moves the norm from round to round, and the noise of privacy.bands is that of one norm: set "
             "privacy.adapt=false or privacy.bands=1"
+        )
+
+
+def _shares(settings: Settings) -> None:
+    privacy = settings.privacy
+    if privacy.unit != "client":
+        raise Refused(f"privacy.noise=shares is for privacy.unit=client, not {privacy.unit}: set privacy.noise=server")
+    if upload.bits(settings) is None:
+        raise Refused(
+            "privacy.noise=shares noises integers whose sum alone is read: set protect=masked, or codec=int16 for "
+            "trials with a server that is trusted"
+        )
+    if settings.rounds.fraction < 1:
+        raise Refused(
+            f"rounds.fraction={settings.rounds.fraction:g} draws clients in secret, and with privacy.noise=shares the "
+            "server knows who takes part: set rounds.fraction=1, or privacy.noise=server"
+        )
+    if privacy.bands > 1:
+        raise Refused(
+            f"privacy.bands={privacy.bands} correlates noise that one party adds, and with privacy.noise=shares nobody "
+            "knows all of it: set privacy.bands=1, or privacy.noise=server"
+        )
+    if privacy.adapt:
+        raise Refused(
+            "privacy.adapt sums votes that need noise of their own, and privacy.noise=shares has none for them: set "
+            "privacy.adapt=false, or privacy.noise=server"
         )
 
 
@@ -85,6 +113,11 @@ def _summable(settings: Settings) -> None:
         _encryptable(settings)
     way = f"protect={mode}" if mode != "none" else f"codec={settings.codec}"
     leave = "protect=none codec=float32"
+    if mode == "encrypted" and settings.privacy.by_shares:
+        raise Refused(
+            "privacy.noise=shares is for protect=masked, or the integers in the clear: under protect=encrypted the key "
+            "holder adds the noise, set privacy.noise=server"
+        )
     if settings.server.combine != "mean":
         raise Refused(
             f"server.combine={settings.server.combine} compares single updates, and with {way} only their sum is read: "

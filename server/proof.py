@@ -50,7 +50,10 @@ def parties(report: Report) -> Iterator[dict[str, Any]]:
     for party in stated["trust"]["parties"]:
         key = whom.get(party["party"])
         why = "it sees no other's data" if key is None else against[f"{key}_reason"]
-        yield {**party, "epsilon": None if key is None else against[key], "reason": why}
+        epsilon = None if key is None else against[key]
+        if party["party"] == "key holder" and party["before_noise"] and epsilon is not None:
+            epsilon, why = None, "it reads the exact sums before it adds the noise: no epsilon bounds what it learns"
+        yield {**party, "epsilon": epsilon, "reason": why}
 
 
 def drawings(report: Report) -> Iterator[Drawn]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from clients import codecs, scaffold, upload
 from clients.task import Hello, Reply, Task
-from privacy import accounting, cohort_noise
+from privacy import accounting, cohort_noise, noise_shares
 from privacy.matrix_noise import BandedNoise
 from privacy.plan import Plan
 from scenarios.seeds import derive
@@ -68,15 +68,17 @@ def rounds(
     """
     names = sorted(roster)
     combined, server_step = combine.resolve(settings.server), step.resolve(settings.server)
-    central = central_noise(plans, settings) if settings.privacy.by_client else None
+    shares = gather.shares(settings, plans)
+    central = central_noise(plans, settings) if settings.privacy.by_client and not shares else None
     largest = _largest(roster, settings)
     while state.round < state.until:
         began, number = time.monotonic(), state.round + 1
 
         # who is asked, and may they: what they could release is written down before any task goes out
-        traffic = state.download, gather.sent(settings, len(state.weights), len(names))
-        chosen = select.cohort(names, roster, settings, number, traffic, plans, state.clients)
         clip = state.clip or settings.privacy.update_norm
+        grid, norm = gather.grid(settings, plans, len(state.weights), number, clip), clip
+        traffic = state.download, gather.sent(settings, len(state.weights), len(names), grid)
+        chosen = select.cohort(names, roster, settings, number, traffic, plans, state.clients)
         for name, reason in (journal.reserve(number, chosen.paid) if plans and chosen.paid else {}).items():
             chosen.leave_out(name, reason)
         tasks = [
@@ -89,7 +91,6 @@ def rounds(
         accepted: dict[str, int] = {}
         ask = partial(_ask, fleet, row)
         good = partial(_good, tasks=tasks, roster=roster, journal=journal, row=row, accepted=accepted)
-        grid, norm = gather.grid(settings, plans, len(state.weights), number, clip), clip
         tally = _tally(state, roster, settings, number)
         if grid is not None:  # integers: only their sum is read
             summed = gathered(ask, tasks, grid, good, roster)
@@ -102,7 +103,7 @@ def rounds(
             single = good(ask(tasks), _reader(settings))
             update = combined(tally.through(single) if tally else single, settings.server)
 
-        # noise, if central: on the sum, whoever replied
+        # noise, if central: on the sum, whoever replied; in shares it is there where enough did
         if isinstance(central, BandedNoise):
             update, noise = central.release(summed.total, norm, _random(settings, number), state.noise)
             state = replace(state, noise=noise)
@@ -110,10 +111,12 @@ def rounds(
             update, clip = central.settled(summed.total, summed.votes, clip)
         elif central is not None:
             update, clip = central.release(summed.total, summed.votes, clip, _random(settings, number), norm)
+        elif shares is not None:  # the clients added it
+            update = noise_shares.released(summed.total, len(plans))
 
         # server step
         lost = None if select.secret(settings) else row["reason"]  # it would tell how many were drawn
-        row["reason"] = lost or _too_few(chosen, accepted, settings)
+        row["reason"] = lost or _too_few(chosen, accepted, len(names), settings)
         if update is not None and row["reason"] is None:
             try:
                 weights, step_state = server_step.apply(state.step, state.weights, update)
@@ -178,6 +181,7 @@ def _task(
         clip=plan.clip if plan else 0.0,
         update_clip=clip if settings.privacy.by_client or local else 0.0,
         update_noise=plans[name].mechanism.noise_multiplier if local else 0.0,
+        shares=gather.shares(settings, plans),
         largest=largest,
     )
 
@@ -218,8 +222,15 @@ def _random(settings: Settings, number: int) -> np.random.Generator:
     return cohort_noise.generator(None if seed is None else derive(seed, "noise", number))
 
 
-def _too_few(chosen: select.Cohort, accepted: Mapping[str, int], settings: Settings) -> str | None:
-    """Why the round is not applied. Under client-level DP the draw decides: replies would give names away."""
+def _too_few(chosen: select.Cohort, accepted: Mapping[str, int], clients: int, settings: Settings) -> str | None:
+    """Why the round is not applied. Under client-level DP the draw decides: replies would give names away.
+
+    With noise in shares replies do: who came is no secret, and without their noise nothing may be released.
+    """
+    if settings.privacy.by_shares:
+        least, came = max(settings.rounds.minimum, select.least_summed(clients, settings)), len(accepted)
+        missing = f"{came} noised updates came, {least} are needed for the noise that was charged"
+        return chosen.reason or (missing if came < least else None)
     if select.by_turns(settings):
         least = max(1, settings.rounds.minimum)
         return f"fewer than {least} clients could be asked" if len(chosen.paid) < least else None

@@ -186,13 +186,19 @@ def enough(roster: Mapping[str, Hello], settings: Settings) -> None:
             f"a round may sum {most} clients, more than protect.max_clients={settings.protect.max_clients} leaves room "
             f"for: set protect.max_clients={most}"
         )
-    if settings.protect.mode != "none" and drawn < masking.LEAST:
+    hidden, least = settings.protect.mode != "none", select.least_summed(len(roster), settings)
+    if hidden and drawn < masking.LEAST:
         raise Refused(
             f"protect={settings.protect.mode} sums {masking.LEAST} clients or more, of two each knows the other's "
             f"update, and a round asks {drawn}: raise fleet.clients or rounds.fraction, or set protect=none"
         )
-    if settings.protect.mode != "none" and drawn < (least := select.least_summed(len(roster), settings)):
+    if (hidden or settings.privacy.by_shares) and drawn < least:
         raise Refused(f"protect.minimum={least} is more than the {drawn} clients a round asks: the nearest is {drawn}")
+    if settings.privacy.by_shares and select.honest(len(roster), settings) < 1:
+        raise Refused(
+            f"privacy.colluding={settings.privacy.colluding} leaves no honest client of the {least} that a sum has at "
+            f"the fewest (protect.minimum): the nearest is {least - 1}"
+        )
     if drawn < (least := combine.least(settings.server)):
         raise Refused(f"server.combine={settings.server.combine} needs {least} replies, a round asks {drawn} clients")
 

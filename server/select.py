@@ -82,6 +82,11 @@ def least_summed(clients: int, settings: Settings) -> int:
     return settings.protect.minimum or max(masking.LEAST, -(-cohort_size(clients, settings) // 2))
 
 
+def honest(clients: int, settings: Settings) -> int:
+    """Fewest honest clients in such a sum: their noise is what is charged where noise comes in shares."""
+    return least_summed(clients, settings) - settings.privacy.colluding
+
+
 def by_turns(settings: Settings) -> bool:
     """Whether clients take turns that everybody may know: the noise is correlated (privacy/matrix_noise.py)."""
     return settings.privacy.unit == "client" and settings.privacy.bands > 1

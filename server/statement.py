@@ -120,7 +120,7 @@ def _words(unit: str, why: str | None, told: Told, report: Mapping[str, Any]) ->
         ("client", "its own data and the weights of each round", False),
         ("server", sees_update + "; counts, sizes and timing of replies", bare),
         ("aggregator", "the server aggregates: what it sees", bare),
-        ("key holder", *exposure.key_holder(protect, bare)),
+        ("key holder", *exposure.key_holder(protect, told.settings.privacy.by_client)),
         ("other clients", *exposure.other_clients(protect, bare)),
         ("report reader", "the model, this report and rounds.jsonl", False),
     ]
@@ -204,8 +204,8 @@ def _sampling(unit: str, why: str | None, told: Told) -> Group:
 
 def _wording(told: Told) -> Wording | None:
     wanted = told.settings.privacy
-    words = wording(wanted.unit, wanted.sampling, wanted.bands)
-    return words and hidden(words, wanted.unit, told.settings.protect)
+    words = wording(wanted.unit, wanted.sampling, wanted.bands, wanted.noise, told.settings.protect.mode)
+    return words if words is None or wanted.by_shares else hidden(words, wanted.unit, told.settings.protect)
 
 
 def _kind(told: Told) -> str:

@@ -3,7 +3,9 @@
 Protected updates change some of it: `hidden` says what the words become, `unprotected` whom an epsilon fails.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from scenarios.settings import Protect
 
@@ -121,11 +123,50 @@ UNITS["both"] = replace(
 )
 
 
-def wording(unit: str, sampling: str = "poisson", bands: int = 1) -> Wording | None:
-    """The words of these settings (privacy.unit, privacy.sampling, privacy.bands); None for a unit without an entry."""
+_SHARED = replace(
+    _CLIENT,
+    enforced="each update is clipped by its client, rounded to integers of a bounded norm and noised by it; all weigh "
+    "the same",
+    public=(*_CLIENT.public, "who took part in which round"),
+    server_sees="each client's update with that client's share of the noise alone, and who took part",
+    unprotected="the server reads single updates, each with a share of the noise alone: no epsilon holds against it",
+    family="discrete Gaussian noise in shares that the clients add to their integers (Canonne, Kamath and Steinke "
+    "2020; Kairouz, Liu and Steinke 2021); a Gaussian of the multiplier stated dominates the sum of the honest ones",
+    denominator="the number of clients, whatever number replied",
+    dropout="a sum of fewer clients than protect.minimum is not released, and the round stays charged; more of them "
+    "add noise beyond what is charged",
+    generator="the operating system's entropy for every draw",
+    precision="integers; each share within 2^-180 of the discrete Gaussian",
+    assumption="no amplification is claimed: all are asked in every round and pay for each; of the clients in a sum at "
+    "least protect.minimum less privacy.colluding are honest",
+    empty="a sum of too few is not released",
+)
+_HIDDEN = replace(
+    _SHARED,
+    server_sees="the sum of the noised updates, and who took part",
+    server_before_noise=False,
+    protects_from=frozenset({REPORT_READER, OTHER_CLIENT, SERVER}),
+    unprotected="",
+    covered=("every sum that the server reads", *_CLIENT.covered),
+)
+
+
+def worded(report: Mapping[str, Any]) -> Wording | None:
+    """The words of a report's settings; what an older Umbel's report does not say is as it was then."""
+    said = report["settings"]
+    names = ("privacy.sampling", "poisson"), ("privacy.bands", 1), ("privacy.noise", "server"), ("protect.mode", "none")
+    return wording(report["privacy"]["unit"], *(said.get(name, before) for name, before in names))
+
+
+def wording(
+    unit: str, sampling: str = "poisson", bands: int = 1, noise: str = "server", mode: str = "none"
+) -> Wording | None:
+    """The words of these settings (privacy.unit, .sampling, .bands, .noise, protect.mode); None for an unknown unit."""
     words = UNITS.get(unit)
     if words is None or unit != "client":
         return words
+    if noise == "shares":
+        return _HIDDEN if mode != "none" else _SHARED
     if sampling == "fixed":
         return replace(
             words,
@@ -160,12 +201,20 @@ def hidden(words: Wording, unit: str, protect: Protect) -> Wording:
         return replace(words, server_sees=f"{sees}; what is summed is noised already")
     if unit == "local":
         return replace(words, server_sees=f"{sees}; what is summed is noised already")
-    if unit == "both":
+    if protect.mode == "encrypted":
+        sees = "the sum of each round's updates with the key holder's noise on it, no single update, and who took part"
+    elif unit == "both":
         sees += "; what is summed is noised for examples and not for clients as a whole"
     else:
         sees += "; it adds the noise to that sum"
     held = "each update is clipped and rounded by its client to the norm; none other can check it, as none reads it"
-    return replace(words, server_sees=sees, enforced=held if unit == "client" else f"{_EXAMPLE.enforced}; {held}")
+    bare = words.server_before_noise and protect.mode != "encrypted"
+    return replace(
+        words,
+        server_sees=sees,
+        server_before_noise=bare,
+        enforced=held if unit == "client" else f"{_EXAMPLE.enforced}; {held}",
+    )
 
 
 def unprotected(who: str, unit: str, mode: str, trust: str | None, drawn: bool) -> str | None:
@@ -179,6 +228,10 @@ def unprotected(who: str, unit: str, mode: str, trust: str | None, drawn: bool) 
     if who == SERVER:
         if mode == "none":
             return words.unprotected
+        if mode == "encrypted" and drawn:
+            return "the server draws who takes part, so that draw makes nothing cheaper against it"
+        if mode == "encrypted":
+            return None
         return (
             f"the server reads the exact sum of each round's updates {_OPENED[mode]}, before the noise is added: no "
             "single update, yet no epsilon bounds what that sum says"
@@ -189,8 +242,11 @@ def unprotected(who: str, unit: str, mode: str, trust: str | None, drawn: bool) 
 def beside(who: str, unit: str, mode: str, trust: str | None, drawn: bool) -> str | None:
     """Under `both` the epsilon against `who` is that of an example; why that of a client does not hold, if it does not.
 
-    None too where both hold, and under any other unit.
+    None too where both hold, and under any other unit. Against a server that gets noised sums from a key holder the
+    epsilon of a client holds on a condition, which is said.
     """
+    if who == SERVER and unit in ("client", "both") and mode == "encrypted" and not drawn:
+        return "of a client as long as the key holder, who adds the noise, does not collude with the server"
     if unit != "both" or who not in (OTHER_CLIENT, SERVER):
         return None
     why = unprotected(who, "client", mode, trust, drawn)

@@ -135,7 +135,7 @@ class Round:
         task = change(self.asked(name))
         member = Member(self.folder, self.peers, self.settings.protect)
         if task.kind != "train":
-            return member.answer(task)
+            return member.answer(task, upload.grid_of(task, self.settings))
         return member.answer(task, self.grid(task), self.values(name))
 
     def until(self, stage: Stage | None) -> None:
@@ -173,7 +173,7 @@ LIES: dict[str, tuple[Stage, Change, str]] = {
     "a sum of one": (Stage.UNMASK, saying(minimum=1), "a sum of 1 clients"),
     "a higher minimum, later on": (Stage.SIGN, saying(minimum=4), "of another run, or under other rules"),
     "another length": (Stage.SHARE, saying(entries=7), "of another run, or under other rules"),
-    "no entries": (Stage.SHARE, saying(entries=0), "entries from 1"),
+    "no entries": (Stage.SHARE, saying(entries=0), "an update of -2 values"),
     "another run": (Stage.MASK, saying(run="s"), "of another run"),
     "no request": (Stage.SIGN, saying(request=b""), "shorter than a header"),
     "another model": (Stage.MASK, of(weights=np.ones(6, np.float32)), "have not been shown this model"),
@@ -245,9 +245,9 @@ def test_a_list_of_clients_that_lacks_one_of_the_cohort_stops_its_owner_before_i
     members.until(Stage.SHARE)
     known = {name: key for name, key in members.peers.items() if name != "c"}
     with pytest.raises(Refused, match="a roster of 1028 bytes for 4 of 3 known clients"):
-        Member(tmp_path, known, WANTED.protect).answer(members.asked("a"))
+        Member(tmp_path, known, WANTED.protect).answer(members.asked("a"), members.grid())
     with pytest.raises(Refused, match="the keys of c in the roster: not signed by its identity key"):
-        Member(tmp_path, {**members.peers, "c": known["b"]}, WANTED.protect).answer(members.asked("a"))
+        Member(tmp_path, {**members.peers, "c": known["b"]}, WANTED.protect).answer(members.asked("a"), members.grid())
 
 
 def test_two_names_on_one_disk_have_records_of_their_own_whatever_they_are_called(tmp_path: Path) -> None:

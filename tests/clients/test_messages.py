@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from clients import messages
 from clients.task import Charge, Device, Hello, Protection, Reply, Task
 from privacy.chain import Head
+from privacy.noise_shares import Shares
 from privacy.plan import Mechanism
 
 NUMBERS = st.floats(0, 1e12)
@@ -48,6 +49,7 @@ def tasks(draw: st.DrawFn) -> Task:
         clip=draw(NUMBERS),
         update_clip=draw(NUMBERS),
         update_noise=draw(NUMBERS),
+        shares=draw(st.none() | st.builds(Shares, st.floats(1e-9, 1e6), st.integers(1, 2**53))),
         largest=draw(COUNTS),
         charge=draw(st.none() | CHARGES),
         protection=draw(st.none() | PROTECTIONS),
@@ -148,6 +150,8 @@ TASK_LIES: dict[str, Callable[[RecordDict], RecordDict]] = {
     "a name without end": lambda r: fields(r, client="a" * 10_000),
     "sampling more than everything": lambda r: fields(r, sampling_rate=1.5),
     "sampling without noise": lambda r: fields(r, noise_multiplier=0.0),
+    "a noise share of nobody's": lambda r: fields(r, share_multiplier=1.5),
+    "a share of no noise": lambda r: fields(r, share_honest=4),
     "noise without sampling": lambda r: fields(r, sampling_rate=0.0),
     "an attempt of no run": lambda r: fields(r, attempt=1),
     "a run without an attempt": lambda r: fields(r, run="5e", server_digest="5e" * 32),

@@ -31,6 +31,8 @@ REAL = {
     "adaptive": "privacy.unit=client privacy.epsilon=9 privacy.adapt=true codec=int16",
     "both": "privacy.unit=both privacy.client_epsilon=9 local.batch=0 evaluation.on=clients evaluation.epsilon=4",
     "local": "privacy.unit=local privacy.epsilon=30 codec=int12",
+    "shares": "privacy.unit=client privacy.noise=shares privacy.epsilon=9 protect=masked",
+    "trusted-shares": "privacy.unit=client privacy.noise=shares privacy.epsilon=9 codec=int8",
     "fixed": "privacy.unit=client privacy.sampling=fixed privacy.epsilon=30 rounds.fraction=0.5",
     "turns": "privacy.unit=client privacy.bands=2 privacy.epsilon=9",
     "masked": "privacy.unit=client privacy.epsilon=9 protect=masked",

@@ -10,7 +10,7 @@ from scipy.stats import binom
 from privacy import neighbours
 from privacy.neighbours import TENTH
 from privacy.refused import Refused
-from scenarios.settings import Settings, override
+from scenarios.settings import Protect, Settings, override
 from server import console, exposure, gather, guarantee, proof, report, verify
 from server.results import protection
 
@@ -109,7 +109,9 @@ def test_a_key_holder_apart_tells_clients_no_names_and_a_shared_key_bounds_no_cl
     split = against(found, mode="encrypted", trust="split")
     shared = against(found, mode="encrypted", trust="shared")
     assert split["other_client"] == found["statement"]["epsilon"]["headline"]
-    assert "once it was opened" in split["server_reason"]
+    reason = {"client": "as long as the key holder", "secret": "the server draws who takes part"}[kind]
+    assert reason in split["server_reason"]
+    assert (split["server"] is None) == (kind == "secret")
     assert shared["other_client"] is None
     assert "share the secret key" in shared["other_client_reason"]
     assert shared["report_reader"] == found["statement"]["epsilon"]["headline"]
@@ -127,9 +129,14 @@ def test_a_key_holder_that_reads_sums_is_bounded_by_what_bounds_the_server(real_
     for kind, bounded in (("client", False), ("local", True)):
         found = report_of(real_run(kind))
         found["protect"] |= {"mode": "encrypted", "trust": "split"}
+        found["statement"]["epsilon"]["adversaries"] = against(found, mode="encrypted", trust="split")
+        sees = exposure.key_holder(Protect(mode="encrypted"), not bounded)
+        parties = found["statement"]["trust"]["parties"]
+        of = {"party": "key holder", "sees": sees[0], "before_noise": sees[1]}
+        found["statement"]["trust"]["parties"] = [of if one["party"] == "key holder" else one for one in parties]
         holder = next(one for one in proof.parties(found) if one["party"] == "key holder")
         assert (holder["epsilon"] is not None) == bounded
-        assert bounded or holder["reason"] == found["statement"]["epsilon"]["adversaries"]["server_reason"]
+        assert bounded or "before it adds the noise" in holder["reason"]
 
 
 # ---- Figures ----
@@ -192,7 +199,7 @@ def test_every_mode_says_what_stays_visible_and_what_nothing_prevents(mode, unit
     assert "Nothing prevents a client from lying" in text
     hidden = mode not in MODES[:2]
     assert ("picking whom it asks" in text) == hidden
-    assert ("before the noise of privacy.unit" in text) == (hidden and unit in ("client", "both"))
+    assert ("before the noise of privacy.unit" in text) == (mode == "protect=masked" and unit in ("client", "both"))
 
 
 def test_in_the_clear_the_server_is_said_to_read_every_update():

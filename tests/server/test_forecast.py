@@ -2,7 +2,9 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -167,6 +169,25 @@ def test_who_has_no_budget_but_a_window_of_time_is_left_out_as_well() -> None:
     payable = forecast._payable(answer, 4.0, answer.settings)
     assert set(payable) == set("abcd")
     assert all(0 < rounds < 6 for rounds in payable.values())
+
+
+@pytest.mark.parametrize(
+    "text", ["privacy.unit=local privacy.epsilon=20", "privacy.unit=client privacy.noise=shares codec=int16"]
+)
+def test_no_epsilon_is_refused_by_nodes_that_would_want_the_noise_of_another(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, right = [], forecast.rounds
+
+    def heard(*asked: Any) -> Iterator[Any]:
+        for state, row in right(*asked):
+            rows.append(row)
+            yield state, row
+
+    monkeypatch.setattr(forecast, "rounds", heard)
+    points = forecast.forecast(found(f"{text} rounds.number=2 export.recover_rounds=0"), lambda *_: None, UNHURRIED)
+    assert len(points.points) >= 5
+    assert not [row["rejected"] for row in rows if row["rejected"]]
 
 
 def test_the_curve_never_falls_and_goes_through_points_that_do_not() -> None:
