@@ -44,7 +44,7 @@ WRONG = {
     "nothing to report": (["report", "/nonexistent"], "report.json"),
     "a client's name without end": (["key", "node", "state", "n" * 65], "1 to 64 bytes"),
     "a state folder that cannot be one": (["key", "node", "/dev/null/state", "a"], "/dev/null/state cannot be used"),
-    "a sum of two": (["run", "digits", "--set", "protect=masked protect.minimum=2"], "the nearest is 3"),
+    "a sum of two": (["run", "digits", "--set", "protect=masked protect.minimum=2"], "greater than or equal to 3"),
     "unknown data set": (["data", "get", "imagenet"], "imagenet"),
 }
 
