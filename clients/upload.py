@@ -78,6 +78,8 @@ def _grid(settings: Settings, size: int, number: int, clip: float, noise: float)
 
 def grid_of(task: Task, settings: Settings) -> Grid | None:
     """`grid` of the round of `task`; for a task without weights that of the entries that it speaks of."""
+    if task.kind == "protect" and task.protection is None:
+        raise Refused("the task is without the protection that this node's settings ask for")
     size = task.protection.entries - 2 if task.kind == "protect" and task.protection else len(task.weights)
     if size < 1:
         raise Refused(f"the task speaks of an update of {size} values, it has one at least")
