@@ -4,24 +4,22 @@ Legend: P is the number of weights; K the number of clients.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 
-from clients import codecs, scaffold, upload
+from clients import scaffold, upload
 from clients.task import Hello, Reply, Task
 from privacy import accounting, cohort_noise, noise_shares
 from privacy.matrix_noise import BandedNoise
 from privacy.plan import Plan
 from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
-from server import combine, gather, select, step
+from server import combine, gather, replies, select, step
 from server.state import Row, Score, ServerState, Spent
-
-Read = TypeVar("Read")
 
 
 class Fleet(Protocol):
@@ -89,8 +87,8 @@ def rounds(
         # train; what comes back is decoded and checked one by one, and combined as it comes
         row = _new_row(state, number, chosen, tasks)
         accepted: dict[str, int] = {}
-        ask = partial(_ask, fleet, row)
-        good = partial(_good, tasks=tasks, roster=roster, journal=journal, row=row, accepted=accepted)
+        ask = partial(replies.counted, fleet, row)
+        good = partial(replies.good, tasks=tasks, roster=roster, journal=journal, row=row, accepted=accepted)
         tally = _tally(state, roster, settings, number)
         if grid is not None:  # integers: only their sum is read
             summed = gathered(ask, tasks, grid, good, roster)
@@ -98,9 +96,9 @@ def rounds(
             if summed.reason is not None:
                 accepted.clear()
         elif central is not None:
-            summed = combine.total(good(ask(tasks), _reader(settings)), len(state.weights))
+            summed = combine.total(good(ask(tasks), replies.reader(settings)), len(state.weights))
         else:
-            single = good(ask(tasks), _reader(settings))
+            single = good(ask(tasks), replies.reader(settings))
             update = combined(tally.through(single) if tally else single, settings.server)
 
         # noise, if central: on the sum, whoever replied; in shares it is there where enough did
@@ -190,13 +188,8 @@ def _tally(state: ServerState, roster: Mapping[str, Hello], settings: Settings, 
     """What sums the next control variate, where there is one; a client without examples never takes part."""
     if state.control is None:
         return None
-    whole = sum(_weight(hello.examples, settings) for hello in roster.values() if hello.examples)
+    whole = sum(replies.weight(hello.examples, settings) for hello in roster.values() if hello.examples)
     return scaffold.Tally(state.control, rate(settings.local, number, settings.rounds.number), whole)
-
-
-def _weight(examples: int, settings: Settings) -> float:
-    """What a client with so many examples weighs in the mean."""
-    return float(examples) if settings.server.weighting == "examples" else 1.0
 
 
 def _largest(roster: Mapping[str, Hello], settings: Settings) -> int:
@@ -261,60 +254,6 @@ def _new_row(state: ServerState, number: int, chosen: select.Cohort, tasks: Sequ
         "bytes_up": 0,
         "bytes_down": state.download * len(tasks),
     }
-
-
-def _ask(fleet: Fleet, row: Row, tasks: Sequence[Task]) -> Iterator[Reply]:
-    """The fleet's replies, their bytes counted; those of what the protocol that hides updates says, too."""
-    row["bytes_down"] += sum(len(task.protection.request) for task in tasks if task.protection)
-    for reply in fleet.ask(tasks):
-        row["bytes_up"] += len(reply.payload)
-        yield reply
-
-
-def _good(
-    replies: Iterable[Reply],
-    read: Callable[[Task, Reply], Read],
-    tasks: Sequence[Task],
-    roster: Mapping[str, Hello],
-    journal: Journal,
-    row: Row,
-    accepted: dict[str, int],
-) -> Iterator[Read]:
-    """The replies that can be used, read; the others are named in `row`. Fills `accepted`: client -> steps taken."""
-    for task, reply in zip(tasks, replies, strict=True):
-        journal.heard(reply)
-        try:
-            if reply.late:
-                row["late"].append(task.client)
-                continue
-            if reply.reason:
-                raise ValueError(reply.reason)
-            if (reply.round, reply.client) != (task.round, task.client):
-                raise ValueError(f"answered for round {reply.round} of {reply.client!r}"[:200])
-            if not 1 <= reply.steps <= task.steps:
-                raise ValueError(f"took {reply.steps} steps where 1 to {task.steps} were asked")
-            if reply.examples != roster[task.client].examples:
-                raise ValueError(f"trained on {reply.examples} examples, had {roster[task.client].examples} at first")
-            one = read(task, reply)
-        except ValueError as error:
-            row["rejected"].append({"name": task.client, "reason": str(error)})
-            continue
-        row["replies"] += 1
-        accepted[task.client] = reply.steps
-        yield one
-
-
-def _reader(settings: Settings) -> Callable[[Task, Reply], combine.Contribution]:
-    """How a reply whose update travelled as floats is read."""
-    codec = codecs.resolve(settings.codec)
-
-    def read(task: Task, reply: Reply) -> combine.Contribution:
-        update = codec.decode(reply.payload, len(task.weights))
-        if task.update_clip and not task.update_noise:  # noised by its client it is long, and may be
-            update, _ = cohort_noise.clipped(update, task.update_clip)
-        return combine.Contribution(update, _weight(reply.examples, settings), reply.steps, reply.within)
-
-    return read
 
 
 def _advance(

@@ -1,0 +1,80 @@
+"""What came back in a round: checked one by one, read, and where it is of no use named in the round's row."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
+
+from clients import codecs
+from clients.task import Hello, Reply, Task
+from privacy import cohort_noise
+from scenarios.settings import Settings
+from server import combine
+from server.state import Row
+
+Read = TypeVar("Read")
+
+
+class _Asked(Protocol):
+    def ask(self, tasks: Sequence[Task]) -> Iterator[Reply]: ...
+
+
+class _Hears(Protocol):
+    def heard(self, reply: Reply) -> None: ...
+
+
+def counted(fleet: _Asked, row: Row, tasks: Sequence[Task]) -> Iterator[Reply]:
+    """The fleet's replies, their bytes counted; those of what the protocol that hides updates says, too."""
+    row["bytes_down"] += sum(len(task.protection.request) for task in tasks if task.protection)
+    for reply in fleet.ask(tasks):
+        row["bytes_up"] += len(reply.payload)
+        yield reply
+
+
+def good(
+    replies: Iterable[Reply],
+    read: Callable[[Task, Reply], Read],
+    tasks: Sequence[Task],
+    roster: Mapping[str, Hello],
+    journal: _Hears,
+    row: Row,
+    accepted: dict[str, int],
+) -> Iterator[Read]:
+    """The replies that can be used, read; the others are named in `row`. Fills `accepted`: client -> steps taken."""
+    for task, reply in zip(tasks, replies, strict=True):
+        journal.heard(reply)
+        try:
+            if reply.late:
+                row["late"].append(task.client)
+                continue
+            if reply.reason:
+                raise ValueError(reply.reason)
+            if (reply.round, reply.client) != (task.round, task.client):
+                raise ValueError(f"answered for round {reply.round} of {reply.client!r}"[:200])
+            if not 1 <= reply.steps <= task.steps:
+                raise ValueError(f"took {reply.steps} steps where 1 to {task.steps} were asked")
+            if reply.examples != roster[task.client].examples:
+                raise ValueError(f"trained on {reply.examples} examples, had {roster[task.client].examples} at first")
+            one = read(task, reply)
+        except ValueError as error:
+            row["rejected"].append({"name": task.client, "reason": str(error)})
+            continue
+        row["replies"] += 1
+        accepted[task.client] = reply.steps
+        yield one
+
+
+def reader(settings: Settings) -> Callable[[Task, Reply], combine.Contribution]:
+    """How a reply whose update travelled as floats is read."""
+    codec = codecs.resolve(settings.codec)
+
+    def read(task: Task, reply: Reply) -> combine.Contribution:
+        update = codec.decode(reply.payload, len(task.weights))
+        if task.update_clip and not task.update_noise:  # noised by its client it is long, and may be
+            update, _ = cohort_noise.clipped(update, task.update_clip)
+        return combine.Contribution(update, weight(reply.examples, settings), reply.steps, reply.within)
+
+    return read
+
+
+def weight(examples: int, settings: Settings) -> float:
+    """What a client with so many examples weighs in the mean."""
+    return float(examples) if settings.server.weighting == "examples" else 1.0
