@@ -3,27 +3,25 @@
 import copy
 import hashlib
 import hmac
-import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clients import codecs, device, encrypting, masking, scaffold, state, upload
+from clients import codecs, device, encrypting, masking, scaffold, sgd, state, upload
 from clients.task import Device, Hello, Reply, Task
-from privacy import accounting, cohort_noise, dp_sgd, durable, local_noise, noise_shares, noisy_counts
+from privacy import accounting, cohort_noise, durable, local_noise, noise_shares, noisy_counts
 from privacy.integers import Grid, Integers
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, build_model, predict
 from scenarios.seeds import derive
-from scenarios.settings import Local, Settings
-from scenarios.weights import Vector, fit, flatten, load, unflatten
+from scenarios.settings import Settings
+from scenarios.weights import Vector, fit, flatten, load
 
 
 @dataclass(frozen=True)
@@ -75,21 +73,66 @@ def digest(states: Path, examples: Examples) -> str:
 
 def answer(node: Node, task: Task) -> Reply:
     """Do what `task` asks of its client. Never raises: a failure is a Reply with a reason that quotes no data."""
+    with one_thread():
+        return guarded(task, lambda: _answer(node, task))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread of torch a client: sums in another order would be other bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        if task.kind == "protect":
-            return Reply(task.round, task.client, _member(node).answer(task, upload.grid_of(task, node.settings)))
-        return _train(node, task) if task.kind == "train" else _evaluate(node, task)
-    except (Refused, codecs.CodecError) as error:
-        return Reply(task.round, task.client, reason=str(error)[:200])
-    except Exception as error:  # a message of torch may quote values of the client's data: its kind alone may leave
-        return Reply(task.round, task.client, reason=f"failed with {type(error).__name__}")
+        yield
     finally:
         torch.set_num_threads(threads)
 
 
+def guarded(task: Task, work: Callable[[], Reply]) -> Reply:
+    """What `work` makes of `task`; where it raises, a Reply with a reason that quotes no data."""
+    try:
+        return work()
+    except (Refused, codecs.CodecError) as error:
+        return Reply(task.round, task.client, reason=str(error)[:200])
+    except Exception as error:  # a message of torch may quote values of the client's data: its kind alone may leave
+        return Reply(task.round, task.client, reason=f"failed with {type(error).__name__}")
+
+
+def _answer(node: Node, task: Task) -> Reply:
+    if task.kind == "protect":
+        return Reply(task.round, task.client, _member(node).answer(task, upload.grid_of(task, node.settings)))
+    return _train(node, task) if task.kind == "train" else _evaluate(node, task)
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A task to train that this node takes on, with all that its client brings to it."""
+
+    task: Task
+    examples: Examples
+    before: state.ClientState
+    correction: Vector | None
+    """(P,) added to every gradient (clients/scaffold.py); None: without."""
+
+
 def _train(node: Node, task: Task) -> Reply:
+    mine = admitted(node, task)
+    settings, model = node.settings, _model(node, task)
+    with drawing(settings, task):
+        steps = sgd.train(model, mine.examples, node.scenario.loss, task, settings.local, settings, mine.correction)
+    return finished(node, mine, flatten(model) - task.weights, steps)
+
+
+@contextmanager
+def drawing(settings: Settings, task: Task) -> Iterator[None]:
+    """What layers draw from torch's own generator (dropout) follows from the task; the generator stays untouched."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive(settings.run.seed, "layers", task.round, task.client))
+        yield
+
+
+def admitted(node: Node, task: Task) -> Admitted:
+    """`task`, with its client's data and state. Raises Refused where it is not what this node's settings ask for."""
     settings = node.settings
     if settings.privacy.by_example and (task.mechanism is None or task.clip != settings.privacy.clip):
         raise Refused("the task is without the differential privacy that this node's settings ask for")
@@ -109,27 +152,28 @@ def _train(node: Node, task: Task) -> Reply:
         raise Refused("dropped out, as faults.dropout asks")
     before = state.load(node.states, task)
     correction = scaffold.correction(task, before.control) if settings.local.scaffold else None
-    examples = node.federation.client(task.client)
-    model = _model(node, task)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(settings.run.seed, "layers", task.round, task.client))
-        steps = train(model, examples, node.scenario.loss, task, settings.local, settings, correction)
+    return Admitted(task, node.federation.client(task.client), before, correction)
+
+
+def finished(node: Node, mine: Admitted, whole: Vector, steps: int) -> Reply:
+    """What leaves of the update `whole` (P,) that came of so many steps; the client's state is kept for the next."""
+    settings, task, before, count = node.settings, mine.task, mine.before, len(mine.examples.y)
     if not steps:
         return Reply(task.round, task.client, reason="the deadline came before its first step", late=True)
-    update, within = protected(flatten(model) - task.weights, task, settings)
+    update, within = protected(whole, task, settings)
     if settings.protect.mode != "none":
         grid = upload.grid_of(task, settings)
         assert grid is not None
-        entries = upload.integers(update, within, len(examples.y), task, settings, grid)
-        return Reply(task.round, task.client, _hidden(node, task, grid, entries), len(examples.y), steps)
-    payload, residual = upload.encode(update, before.residual, within, len(examples.y), task, settings)
+        entries = upload.integers(update, within, count, task, settings, grid)
+        return Reply(task.round, task.client, _hidden(node, task, grid, entries), count, steps)
+    payload, residual = upload.encode(update, before.residual, within, count, task, settings)
     after = state.ClientState(residual=residual)
-    if correction is not None:  # the variate does what a residual would: clients/scaffold.py
+    if mine.correction is not None:  # the variate does what a residual would: clients/scaffold.py
         sent = upload.decode(payload, task, settings)
         after = state.ClientState(control=scaffold.advanced(task, before.control, sent, steps))
     state.save(node.states, task, after)
     told = within or upload.bits(settings) is not None  # integers carry it themselves
-    return Reply(task.round, task.client, payload, len(examples.y), steps, within=told)
+    return Reply(task.round, task.client, payload, count, steps, within=told)
 
 
 def _member(node: Node) -> masking.Member:
@@ -159,69 +203,6 @@ def protected(update: Vector, task: Task, settings: Settings) -> tuple[Vector, b
         random = cohort_noise.generator(None if wanted is None else derive(wanted, "noise", task.round, task.client))
         return local_noise.noised(update, task.update_clip, task.update_noise, random), True
     return cohort_noise.clipped(update, task.update_clip) if task.update_clip else (update, True)
-
-
-def train(
-    model: nn.Module,
-    examples: Examples,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    task: Task,
-    local: Local,
-    settings: Settings,
-    correction: Vector | None = None,
-) -> int:
-    """Local SGD on `model`, in place; returns the steps taken: task.steps, or fewer where the deadline came first.
-
-    With a mechanism every gradient comes clipped and noised from DP-SGD. The proximal term (FedProx, Li et al. 2020,
-    eq. 2), weight decay and `correction` (P,) (clients/scaffold.py) are added to the gradient afterwards: they depend
-    on weights and on updates sent before alone, so they cost no privacy and stay exact.
-    """
-    stop = time.monotonic() + task.deadline if task.deadline else float("inf")
-    seeds = settings.run.seed, settings.privacy.noise_seed
-    start = [parameter.detach().clone() for parameter in model.parameters()] if local.proximal else []
-    named = {} if correction is None else unflatten(correction, task.layout)
-    corrections = [named[name] for name, _ in model.named_parameters()] if named else []
-    private = None
-    if task.mechanism is not None:
-        noise = None if seeds[1] is None else derive(seeds[1], "noise", task.round, task.client)
-        private = dp_sgd.PrivateGradient(model, loss, task.mechanism, task.clip, dp_sgd.noise_generator(noise))
-        batches: Iterator[Any] = private.batches(len(examples.y), task.steps)
-    else:
-        shuffle = derive(seeds[0], "batches", task.round, task.client)
-        batches = islice(_shuffled(len(examples.y), local.batch, shuffle), task.steps)
-    model.train()
-    steps = 0
-    for batch in batches:
-        if time.monotonic() > stop:
-            break
-        x, y = examples.x[batch], examples.y[batch]
-        if private is not None:
-            private.step(x, y)
-        else:
-            model.zero_grad()
-            torch.autograd.backward(loss(model(x), y))
-        with torch.no_grad():
-            for i, parameter in enumerate(model.parameters()):
-                if parameter.grad is None:
-                    continue
-                if local.proximal:
-                    parameter.grad.add_(parameter - start[i], alpha=local.proximal)
-                if local.weight_decay:
-                    parameter.grad.add_(parameter, alpha=local.weight_decay)
-                if corrections:
-                    parameter.grad.add_(corrections[i])
-                parameter.sub_(parameter.grad, alpha=task.rate)
-        steps += 1
-    if private is not None:
-        private.close()
-    return steps
-
-
-def _shuffled(examples: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Batches of indices without end, reshuffled each epoch; the last batch of an epoch may be smaller."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.split(torch.randperm(examples, generator=generator), batch or examples)
 
 
 def evaluate(model: nn.Module, examples: Examples, loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, int]:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clients.sgd import train
 from clients.task import Hello, Task
-from clients.training import Node, protected, train
+from clients.training import Node, protected
 from privacy import cohort_noise
 from privacy.plan import Mechanism
 from scenarios import Examples

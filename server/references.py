@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from clients import upload
+from clients.sgd import train
 from clients.task import Reply, Task
-from clients.training import Node, evaluate, train
+from clients.training import Node, evaluate
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, build_model
 from scenarios.settings import Local, Settings, override

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from clients import codecs, scaffold, state
+from clients.sgd import train
 from clients.task import Task
-from clients.training import Node, answer, train
+from clients.training import Node, answer
 from privacy.plan import Mechanism
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, build_model

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from clients.sgd import _shuffled, train
 from clients.task import Task
-from clients.training import Node, _shuffled, answer, digest, evaluate, hello, train
+from clients.training import Node, answer, digest, evaluate, hello
 from privacy.plan import Mechanism
 from scenarios import Examples, Federation, Scenario, build_model
 from scenarios.settings import Local, Settings, override

@@ -22,8 +22,9 @@ from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from clients.sgd import train
 from clients.task import Task
-from clients.training import Node, answer, train
+from clients.training import Node, answer
 from privacy import accounting, cohort_noise, dp_sgd, fourier
 from privacy.certificate import certify
 from privacy.dp_sgd import PrivateGradient, check, noise_generator
