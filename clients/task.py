@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
 from privacy.chain import Head
 from privacy.noise_shares import Shares
 from privacy.plan import Mechanism
@@ -121,6 +124,20 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Summand:
+    """In a payload's place: an update that is in the sum of its block. Never on a wire."""
+
+    bytes: int
+    """Of the payload that it stands for."""
+    weight: float
+    """What the update weighs in the sum."""
+    total: NDArray[np.float64] | None = None
+    """(P,) the block's sum of weights times updates; on the last reply of a block that has one."""
+    whole: float = 0.0
+    """Beside `total`: the sum of the weights in it."""
+
+
+@dataclass(frozen=True)
 class Reply:
     """What one client made of its task; with a reason it made nothing of it."""
 
@@ -144,3 +161,5 @@ class Reply:
     """train: whether the update was within the task's update_clip before it was clipped."""
     head: Head | None = None
     """train: of the device's own ledger, with this task's reservation in it."""
+    summand: Summand | None = None
+    """train: instead of a payload, where blocks of clients are trained at once."""

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 
 from clients import codecs, device, encrypting, masking, scaffold, sgd, state, upload
 from clients.task import Device, Hello, Reply, Task
-from privacy import accounting, cohort_noise, durable, local_noise, noise_shares, noisy_counts
+from privacy import accounting, cohort_noise, dp_sgd, durable, local_noise, noise_shares, noisy_counts
 from privacy.integers import Grid, Integers
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, build_model, predict
 from scenarios.seeds import derive
 from scenarios.settings import Settings
 from scenarios.weights import Vector, fit, flatten, load
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class Node:
     def template(self) -> nn.Module:
         """The model as the scenario builds it; copied for every task."""
         return build_model(self.scenario, self.settings)
+
+    @cached_property
+    def apart(self) -> bool:
+        """Whether a batch's loss is the mean of what its examples have for themselves, as most losses are."""
+        return dp_sgd.apart(self.template, self.scenario.loss, *self.federation.validation)
 
 
 def hello(node: Node, name: str, said: Device = Device()) -> Hello:
@@ -88,7 +96,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def guarded(task: Task, work: Callable[[], Reply]) -> Reply:
+def guarded(task: Task, work: Callable[[], Made]) -> Made | Reply:
     """What `work` makes of `task`; where it raises, a Reply with a reason that quotes no data."""
     try:
         return work()
@@ -117,10 +125,15 @@ class Admitted:
 
 def _train(node: Node, task: Task) -> Reply:
     mine = admitted(node, task)
-    settings, model = node.settings, _model(node, task)
+    return finished(node, mine, *trained(node, mine))
+
+
+def trained(node: Node, mine: Admitted) -> tuple[Vector, int]:
+    """(the update (P,) of a task by SGD on the client's own copy of the model, the steps taken)."""
+    settings, task, model = node.settings, mine.task, _model(node, mine.task)
     with drawing(settings, task):
         steps = sgd.train(model, mine.examples, node.scenario.loss, task, settings.local, settings, mine.correction)
-    return finished(node, mine, flatten(model) - task.weights, steps)
+    return flatten(model) - task.weights, steps
 
 
 @contextmanager
@@ -241,8 +254,14 @@ def _few_enough(node: Node, client: str, tests: int) -> None:
         raise Refused(f"its test examples are too many for delta={delta:.3g}: set a smaller privacy.delta")
 
 
-def _model(node: Node, task: Task) -> nn.Module:
+def fitted(node: Node, task: Task) -> nn.Module:
+    """A model of its own for `task`, of the shapes of its weights; the values are undefined."""
     model = copy.deepcopy(node.template)
     fit(model, task.layout)
+    return model
+
+
+def _model(node: Node, task: Task) -> nn.Module:
+    model = fitted(node, task)
     load(model, task.weights)
     return model

@@ -8,7 +8,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from opacus import GradSampleModule
@@ -48,8 +48,30 @@ def check(model: nn.Module) -> None:
 def check_apart(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> None:
     """Refuse a model or loss that mixes examples where no layer shows it, as `x - x.mean(0)` or class weights do.
 
-    x: (N, ...), y: (N,), not a client's. The loss of all must be the mean of each one's: then one example's gradient is
-    its own, and clipping it bounds what it can change. Weights are drawn for it: zeros would hide a mixture.
+    x: (N, ...), y: (N,), not a client's. Then one example's gradient is not its own, and clipping it does not bound
+    what it can change.
+    """
+    count, together, alone = _losses(model, loss, x, y)
+    if abs(together - alone) > 1e-3 * max(1.0, abs(alone)):
+        raise Refused(
+            f"the model or its loss mixes the examples of a batch (the loss of {count} is {together:.4g}, the mean "
+            f"of their losses {alone:.4g}), so example-level DP cannot hold: make the loss a plain mean (no class "
+            "weights) and the model's output for an example independent of the others, or set privacy.unit=none"
+        )
+
+
+def apart(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> bool:
+    """Whether the loss of examples, x (N, ...) and y (N,), is the mean of each one's, to rounding."""
+    _, together, alone = _losses(model, loss, x, y)
+    return abs(together - alone) <= 1e-5 * max(1.0, abs(alone))
+
+
+def _losses(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
+) -> tuple[int, float, float]:
+    """(how many examples, at most 32; their loss together; the mean of their losses).
+
+    Weights are drawn for it: zeros would hide a mixture.
     """
     twin, generator = copy.deepcopy(model).eval(), torch.Generator().manual_seed(0)
     some = torch.randperm(len(y), generator=generator)[:32]
@@ -58,12 +80,7 @@ def check_apart(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: T
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
         together = float(loss(twin(x[some]), y[some]))
         alone = sum(float(loss(twin(x[i : i + 1]), y[i : i + 1])) for i in some.tolist()) / max(1, len(some))
-    if abs(together - alone) > 1e-3 * max(1.0, abs(alone)):
-        raise Refused(
-            f"the model or its loss mixes the examples of a batch (the loss of {len(some)} is {together:.4g}, the mean "
-            f"of their losses {alone:.4g}), so example-level DP cannot hold: make the loss a plain mean (no class "
-            "weights) and the model's output for an example independent of the others, or set privacy.unit=none"
-        )
+    return len(some), together, alone
 
 
 def noise_generator(seed: int | None) -> torch.Generator:
@@ -79,6 +96,24 @@ def noise_generator(seed: int | None) -> torch.Generator:
     state[_HEAD : _HEAD + 8 * _WORDS].view(_WORDS, 8)[:, :4] = entropy.view(_WORDS, 4)
     generator.set_state(state)
     return generator
+
+
+def poisson(mechanism: Mechanism, examples: int, steps: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """`steps` Poisson samples of the indices below `examples`, each drawn when it is asked for; some may be empty."""
+    rate = mechanism.sampling_rate
+    sampler = UniformWithReplacementSampler(num_samples=examples, sample_rate=rate, generator=generator, steps=steps)
+    return iter(sampler)
+
+
+def draw_noise(parts: Iterable[Tensor], mechanism: Mechanism, clip: float, generator: torch.Generator) -> None:
+    """Fill `parts` with the noise of a sum of gradients that are each clipped at `clip`: as Opacus does, in its order.
+
+    torch's `normal_`: Box-Muller on 24 bits (float32), so no draw is beyond 5.77 standard deviations, 8e-9 of a true
+    Gaussian's; docs/performance.md says what that means.
+    """
+    deviation = mechanism.noise_multiplier * clip
+    for part in parts:
+        _ = part.normal_(0.0, deviation, generator=generator) if deviation else part.zero_()
 
 
 class PrivateGradient:
@@ -115,14 +150,7 @@ class PrivateGradient:
     def batches(self, examples: int, steps: int) -> Iterator[list[int]]:
         """`steps` Poisson samples of the indices below `examples`; a sample may be empty."""
         self._optimizer.expected_batch_size = self._mechanism.sampling_rate * examples
-        return iter(
-            UniformWithReplacementSampler(
-                num_samples=examples,
-                sample_rate=self._mechanism.sampling_rate,
-                generator=self._generator,
-                steps=steps,
-            )
-        )
+        return poisson(self._mechanism, examples, steps, self._generator)
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """x: (B, ...), y: (B,) of one Poisson sample, B >= 0. Large samples go through in parts and get noise once.

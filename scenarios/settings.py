@@ -26,6 +26,7 @@ class Run(Section):
     out: str = Field("", description="run folder; empty: runs/SCENARIO-TIME")
     state: str = Field("", description="folder of the privacy ledgers; empty: UMBEL_STATE, else the platform's own")
     resume: bool = Field(False, description="go on with the run in run.out instead of starting one")
+    processes: int = Field(0, ge=0, description="local.engine=cohort: processes that train blocks; 0: one a core")
 
 
 class Rounds(Section):
@@ -48,6 +49,14 @@ class Local(Section):
     proximal: float = Field(0.0, ge=0, description="FedProx: pull towards the round's weights (acts after DP noise)")
     weight_decay: float = Field(0.0, ge=0, description="pull towards zero, L2 (acts after DP noise)")
     scaffold: bool = Field(False, description="SCAFFOLD: correct every step by control variates (acts after DP noise)")
+    engine: Literal["single", "cohort"] = Field(
+        "single",
+        description="single: clients one by one, the same bits on every runtime; cohort: blocks of them at once",
+    )
+    block: int = Field(0, ge=0, description="cohort: clients of a block; 0: at most 25, in blocks of even number")
+    precision: Literal["float32", "bf16"] = Field(
+        "float32", description="cohort: of matrix products and convolutions; bf16 needs a processor that has it"
+    )
 
 
 class Server(Section):

@@ -6,7 +6,7 @@ order in which the contributions are given, so that equal inputs in equal order 
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from math import isfinite
+from math import isclose, isfinite
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,6 +104,36 @@ def total(contributions: Iterable[Contribution], size: int) -> Summed:
         count += 1
         votes += 0.5 if one.within else -0.5
     return Summed(summed, count, votes)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One client's share of a sum, part of which may have been made where its block was trained."""
+
+    weight: float
+    within: bool
+    """Client-level DP: whether its update was within the clipping norm before it was clipped."""
+    total: NDArray[np.float64] | None
+    """(P,) of this client and those before it that had none."""
+    whole: float
+    """The weights of all in `total`."""
+
+
+def of_parts(parts: Iterable[Part], size: int) -> Summed:
+    """The sums over the clients of a round, from those of blocks; in the order in which they are given."""
+    summed, weight, votes, unread = np.zeros(size), 0.0, 0.0, 0.0
+    for one in parts:
+        weight += one.weight
+        votes += 0.5 if one.within else -0.5
+        unread += one.weight
+        if one.total is not None:
+            if not isclose(unread, one.whole, rel_tol=1e-9):
+                break
+            summed += one.total
+            unread = 0.0
+    if unread:
+        return Summed(np.zeros(size), 0.0, 0.0, "a block's sum holds other clients than those whose replies are good")
+    return Summed(summed, weight, votes)
 
 
 def median(contributions: Iterable[Contribution], server: Server) -> Vector | None:

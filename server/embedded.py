@@ -1,10 +1,15 @@
-"""EmbeddedFleet: every client in this process, trained one after another."""
+"""EmbeddedFleet: every client on this machine, trained one after another or in blocks."""
 
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 
+from clients import cohort
 from clients.task import Hello, Reply, Task
 from clients.training import Node, answer, hello
+from clients.workers import Workers
+from server import replies
 
 
 class EmbeddedFleet:
@@ -17,4 +22,21 @@ class EmbeddedFleet:
         return {name: hello(self._node, name) for name in sorted(self._node.federation.sizes)}
 
     def ask(self, tasks: Sequence[Task]) -> Iterator[Reply]:
-        return map(partial(answer, self._node), tasks)
+        """With local.engine=cohort tasks to train go in blocks, each to a process or, of one process, here."""
+        local = self._node.settings.local
+        if local.engine == "single" or not tasks or tasks[0].kind != "train":
+            return map(partial(answer, self._node), tasks)
+        blocks = cohort.cut(tasks, local.block)
+        answers = self._workers.map(blocks) if self._processes > 1 else map(self._train, blocks)
+        return (reply for block in answers for reply in block)
+
+    def _train(self, tasks: Sequence[Task]) -> list[Reply]:
+        return cohort.answer(self._node, tasks, replies.weigh(self._node.settings))
+
+    @cached_property
+    def _processes(self) -> int:
+        return self._node.settings.run.processes or len(os.sched_getaffinity(0))
+
+    @cached_property
+    def _workers(self) -> Workers:
+        return Workers(self._train, self._processes, lambda line: print(f"umbel: {line}", file=sys.stderr))

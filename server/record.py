@@ -66,6 +66,7 @@ class RunFolder:
         """Let another process hold the run."""
         self._ends.close()
         if self._lock >= 0:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # a process forked from this one may hold it too
             os.close(self._lock)
             self._lock = -1
 

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
-from clients import codecs
+import numpy as np
+
+from clients import codecs, upload
 from clients.task import Hello, Reply, Task
 from privacy import cohort_noise
 from scenarios.settings import Settings
@@ -25,7 +27,7 @@ def counted(fleet: _Asked, row: Row, tasks: Sequence[Task]) -> Iterator[Reply]:
     """The fleet's replies, their bytes counted; those of what the protocol that hides updates says, too."""
     row["bytes_down"] += sum(len(task.protection.request) for task in tasks if task.protection)
     for reply in fleet.ask(tasks):
-        row["bytes_up"] += len(reply.payload)
+        row["bytes_up"] += reply.summand.bytes if reply.summand else len(reply.payload)
         yield reply
 
 
@@ -60,6 +62,28 @@ def good(
         row["replies"] += 1
         accepted[task.client] = reply.steps
         yield one
+
+
+def weigh(settings: Settings) -> Callable[[int], float] | None:
+    """What a client of so many examples weighs in a sum of floats; None where single updates are looked at."""
+    sums = settings.server.combine == "mean" and not settings.server.normalize and not settings.local.scaffold
+    if not sums or settings.codec != "float32" or upload.bits(settings) is not None:
+        return None
+    return lambda examples: 1.0 if settings.privacy.by_client else weight(examples, settings)
+
+
+def summand(settings: Settings) -> Callable[[Task, Reply], combine.Part]:
+    """How a reply is read whose update is in the sum of its block, or comes by itself."""
+    single = reader(settings)
+
+    def read(task: Task, reply: Reply) -> combine.Part:
+        if reply.summand is not None:
+            return combine.Part(reply.summand.weight, reply.within, reply.summand.total, reply.summand.whole)
+        one = single(task, reply)
+        heavy = 1.0 if settings.privacy.by_client else one.weight
+        return combine.Part(heavy, one.within, one.update.astype(np.float64) * heavy, heavy)
+
+    return read
 
 
 def reader(settings: Settings) -> Callable[[Task, Reply], combine.Contribution]:

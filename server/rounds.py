@@ -69,6 +69,7 @@ def rounds(
     shares = gather.shares(settings, plans)
     central = central_noise(plans, settings) if settings.privacy.by_client and not shares else None
     largest = _largest(roster, settings)
+    blocks = settings.local.engine == "cohort" and replies.weigh(settings) is not None
     while state.round < state.until:
         began, number = time.monotonic(), state.round + 1
 
@@ -90,9 +91,12 @@ def rounds(
         ask = partial(replies.counted, fleet, row)
         good = partial(replies.good, tasks=tasks, roster=roster, journal=journal, row=row, accepted=accepted)
         tally = _tally(state, roster, settings, number)
-        if grid is not None:  # integers: only their sum is read
-            summed = gathered(ask, tasks, grid, good, roster)
-            update, norm, row["reason"] = summed.mean, grid.norm, summed.reason
+        if grid is not None or blocks:  # sums alone are read: of integers, or where blocks of clients are trained
+            if grid is not None:
+                summed, norm = gathered(ask, tasks, grid, good, roster), grid.norm
+            else:
+                summed = combine.of_parts(good(ask(tasks), replies.summand(settings)), len(state.weights))
+            update, row["reason"] = summed.mean, summed.reason
             if summed.reason is not None:
                 accepted.clear()
         elif central is not None:

@@ -1,0 +1,237 @@
+"""Blocks: many clients of a round trained at once, as training them one by one would, up to rounding.
+
+A round's tasks are cut into blocks that depend on the number of tasks alone. A block is trained on one thread, in
+whatever process, and its replies carry either every client's own payload or, where the server wants a mean of floats,
+the block's sum: then no single update is encoded, sent or read.
+
+How a client is trained follows from its task, model and data alone: under example-level DP by its rows where the model
+is a stack of linear layers (clients/private_stack.py), else through Opacus, one by one; without DP through Gram
+matrices where that pays (clients/gram.py), else through one model for all (clients/fused.py).
+
+Legend: P is the number of weights; K clients, R rows, B and T as in clients/gram.py.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from clients import fused, gram, private_stack, sgd, stack, training, upload
+from clients.codecs import CodecError
+from clients.task import Reply, Summand, Task
+from clients.training import Admitted, Node
+from privacy import dp_sgd
+from scenarios.seeds import derive
+from scenarios.weights import Vector
+
+Weigh = Callable[[int], float]
+"""Examples of a client -> what its update weighs in a sum."""
+
+_MOST = 25
+"""Clients of a block where local.block leaves it open: with more, what their layers see outgrows the caches."""
+_WASTE = 2
+"""Clients share one pass where the longest of them has at most so many times the rows of the shortest."""
+
+
+def cut(tasks: Sequence[Task], size: int) -> list[Sequence[Task]]:
+    """The blocks of `tasks`, in order: of `size` each or, for 0, an even number of them, of nearly equal size.
+
+    Even, so that two processes have as much to do; nothing of the machine changes a block.
+    """
+    if not tasks:
+        return []
+    count = -(-len(tasks) // size) if size else min(len(tasks), 2 * -(-len(tasks) // (2 * _MOST)))
+    if size:
+        return [tasks[at : at + size] for at in range(0, len(tasks), size)]
+    ends = [len(tasks) * i // count for i in range(count + 1)]
+    return [tasks[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+
+
+def answer(node: Node, tasks: Sequence[Task], weigh: Weigh | None = None) -> list[Reply]:
+    """One reply a task, in order. weigh: sum the updates, so weighted; None: each reply carries its own payload."""
+    with training.one_thread():
+        begun = [training.guarded(task, partial(training.admitted, node, task)) for task in tasks]
+        replies = {one.client: one for one in begun if isinstance(one, Reply)}
+        ready = [one for one in begun if isinstance(one, Admitted)]
+        summed = None if weigh is None else _Sum(node, weigh)
+        for group in _groups(node, ready):
+            replies |= {reply.client: reply for reply in (summed.take(group) if summed else _singly(node, group))}
+    inorder = [replies[task.client] for task in tasks]
+    return inorder if summed is None else summed.carried(inorder)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Clients of a block that were trained alike."""
+
+    members: Sequence[Admitted]
+    updates: Sequence[Callable[[], tuple[Tensor, int]]]
+    """What gives (the update (P,), the steps taken) of each; called in order, the next may overwrite it."""
+    total: Callable[[Sequence[float]], Tensor] | None = None
+    """(P,) the sum of weights times updates, where that is cheaper than they are; every step was taken."""
+
+
+def _singly(node: Node, group: _Group) -> Iterator[Reply]:
+    """Every client's own payload."""
+    for mine, made in zip(group.members, group.updates, strict=True):
+        yield training.guarded(mine.task, partial(_one, node, mine, made))
+
+
+def _one(node: Node, mine: Admitted, made: Callable[[], tuple[Tensor, int]]) -> Reply:
+    update, steps = made()
+    return training.finished(node, mine, _vector(update), steps)
+
+
+class _Sum:
+    """The weighted sum of a block's updates; who has none to add is named in a reply of its own."""
+
+    def __init__(self, node: Node, weigh: Weigh) -> None:
+        self._node, self._weigh, self._weight = node, weigh, 0.0
+        self._total: NDArray[np.float64] | None = None
+
+    def take(self, group: _Group) -> list[Reply]:
+        """The replies of `group`, whose updates are in the sum from here on."""
+        clipped = any(mine.task.update_clip for mine in group.members)
+        if group.total is not None and not clipped:
+            weights = [self._weigh(len(mine.examples.y)) for mine in group.members]
+            total = group.total(weights).numpy().astype(np.float64)
+            if np.isfinite(total).all():
+                self._add(total, sum(weights))
+                return [self._reply(mine, mine.task.steps, True) for mine in group.members]
+        return [
+            training.guarded(mine.task, partial(self._take, mine, made))
+            for mine, made in zip(group.members, group.updates, strict=True)
+        ]
+
+    def _take(self, mine: Admitted, made: Callable[[], tuple[Tensor, int]]) -> Reply:
+        whole, steps = made()
+        if not steps:
+            return training.finished(self._node, mine, _vector(whole), steps)
+        update, within = training.protected(_vector(whole), mine.task, self._node.settings)
+        if not np.isfinite(update).all():
+            raise CodecError(f"an update must be finite: {np.count_nonzero(~np.isfinite(update))} entries are not")
+        weight = self._weigh(len(mine.examples.y))
+        self._add(update.astype(np.float64) * weight, weight)
+        return self._reply(mine, steps, within)
+
+    def _add(self, total: NDArray[np.float64], weight: float) -> None:
+        self._total = total if self._total is None else self._total + total
+        self._weight += weight
+
+    def _reply(self, mine: Admitted, steps: int, within: bool) -> Reply:
+        task, count = mine.task, len(mine.examples.y)
+        summand = Summand(upload.size(self._node.settings, len(task.weights)), self._weigh(count))
+        return Reply(task.round, task.client, b"", count, steps, within=within, summand=summand)
+
+    def carried(self, replies: list[Reply]) -> list[Reply]:
+        """`replies`, the last good one of which carries the sum."""
+        for i in reversed(range(len(replies))):
+            if (summand := replies[i].summand) is not None:
+                assert self._total is not None
+                replies[i] = replace(replies[i], summand=replace(summand, total=self._total, whole=self._weight))
+                break
+        return replies
+
+
+def _vector(update: Tensor) -> Vector:
+    return update.numpy().astype(np.float32)
+
+
+def _groups(node: Node, ready: Sequence[Admitted]) -> Iterator[_Group]:
+    """The clients of a block, those together that can be trained together."""
+    if not ready:
+        return
+    model = training.fitted(node, ready[0].task)
+    chain = stack.read(model) if node.apart and not node.settings.local.scaffold else None
+    short, long = list[Admitted](), list[Admitted]()
+    for mine in ready:
+        if mine.task.deadline or (mine.task.mechanism and chain is None):
+            yield _Group([mine], [partial(_by_itself, node, mine)])
+        elif mine.task.mechanism:
+            assert chain is not None
+            yield _Group([mine], [partial(_by_rows, node, chain, mine)])
+        else:
+            (short if chain and gram.pays(chain, _rows(node, mine)) else long).append(mine)
+    for part in _alike(node, short):
+        assert chain is not None
+        try:
+            made = gram.train(
+                chain, _start(part[0]), _batches(node, part), node.scenario.loss, _pulls(node, part[0].task)
+            )
+        except Exception:  # of one of them, who is told when trained by itself
+            long += part
+            continue
+        yield _Group(part, [partial(_of, made, k, mine.task.steps) for k, mine in enumerate(part)], made.total)
+    if long:
+        trainer = fused.Trainer(model, _pulls(node, long[0].task), node.settings.local.precision == "bf16")
+        yield _Group(long, [partial(_by_fused, node, trainer, mine) for mine in long])
+
+
+def _by_itself(node: Node, mine: Admitted) -> tuple[Tensor, int]:
+    """As with local.engine=single."""
+    update, steps = training.trained(node, mine)
+    return torch.from_numpy(update), steps
+
+
+def _by_rows(node: Node, chain: stack.Stack, mine: Admitted) -> tuple[Tensor, int]:
+    """Under example-level DP."""
+    task, seed, loss = mine.task, node.settings.privacy.noise_seed, node.scenario.loss
+    assert task.mechanism is not None
+    random = dp_sgd.noise_generator(None if seed is None else derive(seed, "noise", task.round, task.client))
+    pulls, plan = _pulls(node, task), (task.mechanism, task.clip)
+    return private_stack.train(chain, _start(mine), *mine.examples, loss, pulls, task.steps, *plan, random), task.steps
+
+
+def _by_fused(node: Node, trainer: fused.Trainer, mine: Admitted) -> tuple[Tensor, int]:
+    batches = sgd.shuffled(len(mine.examples.y), mine.task, node.settings)
+    correction = None if mine.correction is None else torch.from_numpy(mine.correction)
+    with training.drawing(node.settings, mine.task):
+        return trainer.train(_start(mine), *mine.examples, batches, node.scenario.loss, correction)
+
+
+def _of(made: gram.Trained, k: int, steps: int) -> tuple[Tensor, int]:
+    return made.update(k), steps
+
+
+def _start(mine: Admitted) -> Tensor:
+    return torch.from_numpy(mine.task.weights)
+
+
+def _pulls(node: Node, task: Task) -> fused.Pulls:
+    return fused.Pulls.of(task.rate, node.settings.local.proximal, node.settings.local.weight_decay)
+
+
+def _rows(node: Node, mine: Admitted) -> int:
+    """R: the examples that a client's steps train on, were all batches full."""
+    count = len(mine.examples.y)
+    return mine.task.steps * min(node.settings.local.batch or count, count)
+
+
+def _alike(node: Node, members: Sequence[Admitted]) -> Iterator[Sequence[Admitted]]:
+    """`members` in parts of not too different rows, in their order: what is shorter is filled up."""
+    left = list(members)
+    while left:
+        least = min(_rows(node, mine) for mine in left)
+        yield [mine for mine in left if _rows(node, mine) <= _WASTE * least]
+        left = [mine for mine in left if _rows(node, mine) > _WASTE * least]
+
+
+def _batches(node: Node, members: Sequence[Admitted]) -> gram.Batches:
+    cuts = [list(sgd.shuffled(len(mine.examples.y), mine.task, node.settings)) for mine in members]
+    longest, largest = max(map(len, cuts)), max(len(batch) for cut in cuts for batch in cut)
+    first, labels = members[0].examples
+    x_KRX = first.new_zeros(len(members), longest * largest, *first.shape[1:])
+    y_KR = labels.new_zeros(len(members), longest * largest)
+    live_KTB = torch.zeros(len(members), longest, largest, dtype=torch.bool)
+    for k, (mine, batches) in enumerate(zip(members, cuts, strict=True)):
+        for t, batch in enumerate(batches):
+            live_KTB[k, t, : len(batch)] = True
+        drawn, rows = torch.cat(batches), live_KTB[k].flatten().nonzero()[:, 0]
+        x_KRX[k].index_copy_(0, rows, mine.examples.x[drawn])
+        y_KR[k].index_copy_(0, rows, mine.examples.y[drawn])
+    full = bool(live_KTB.all())
+    return gram.Batches(x_KRX, y_KR, None if full else live_KTB, tuple(map(len, cuts)), largest)

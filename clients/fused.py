@@ -1,0 +1,161 @@
+"""Local SGD of clients one after another through one model, whose weights move as soon as their gradient is known.
+
+The same steps as clients/sgd.py, to rounding, and cheaper: the model is built once a block, a weight moves while its
+gradient is still in the cache, and the gradient of a linear layer is added to its weight without being stored. Layers
+see images channels last, which convolutions and pooling on a CPU are fastest with.
+
+Legend: P is the number of entries of a model's state, N of examples.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clients import stack
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Pulls:
+    """How weights move beside the gradient: w <- keep w + back w_0 - rate g."""
+
+    rate: float
+    keep: float = 1.0
+    back: float = 0.0
+
+    @classmethod
+    def of(cls, rate: float, proximal: float, weight_decay: float) -> "Pulls":
+        """Of SGD whose gradient gets proximal (w - w_0) + weight_decay w added."""
+        return cls(rate, 1 - rate * (proximal + weight_decay), rate * proximal)
+
+
+class Trainer:
+    """One model for all clients of a block."""
+
+    def __init__(self, model: nn.Module, pulls: Pulls, bf16: bool = False) -> None:
+        """model: taken over, and changed."""
+        self._pulls, self._bf16 = pulls, bf16
+        self._images = any(isinstance(module, nn.Conv2d) for module in model.modules())
+        if self._images:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        state = model.state_dict(keep_vars=True)
+        self._entries = [entry for entry in state.values() if entry.is_floating_point()]
+        self._counters = [(entry, entry.clone()) for entry in state.values() if not entry.is_floating_point()]
+        self._starts: list[Tensor] = []
+        self._corrections: dict[int, Tensor] = {}
+        fused = {id(linear): _Fused(linear, self._move, pulls.rate) for linear in stack.linear(model)}
+        self._model = _with(model, fused)
+        for parameter in self._model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._step)  # type: ignore[no-untyped-call]
+        self._places = {id(entry): i for i, entry in enumerate(self._entries)}
+
+    def train(
+        self,
+        start: Tensor,
+        x: Tensor,
+        y: Tensor,
+        batches: Iterable[Tensor],
+        loss: Loss,
+        correction: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
+        """(the update (P,) from the weights `start` (P,), the steps taken: one a batch of indices into x and y).
+
+        correction: (P,) added to every gradient.
+        """
+        self._starts = self._views(start)
+        self._corrections = {} if correction is None else dict(enumerate(self._views(correction)))
+        if self._images and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            for entry, first in zip(self._entries, self._starts, strict=True):
+                entry.copy_(first)
+            for counter, first in self._counters:
+                counter.copy_(first)
+        self._model.train()
+        steps = 0
+        for batch in batches:
+            with self._precision():
+                outputs = self._model(x[batch])
+            torch.autograd.backward(loss(outputs.to(start.dtype), y[batch]))
+            steps += 1
+        update = torch.empty_like(start)
+        with torch.no_grad():
+            for entry, first, part in zip(self._entries, self._starts, self._views(update), strict=True):
+                torch.sub(entry, first, out=part)
+        return update, steps
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        """The parts of `flat` (P,), each of its entry's shape."""
+        parts = torch.split(flat, [entry.numel() for entry in self._entries])
+        return [part.view(entry.shape) for part, entry in zip(parts, self._entries, strict=True)]
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast("cpu", torch.bfloat16) if self._bf16 else nullcontext()
+
+    def _step(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        with torch.no_grad():
+            self._move(parameter).sub_(parameter.grad, alpha=self._pulls.rate)
+        parameter.grad = None
+
+    def _move(self, entry: Tensor) -> Tensor:
+        """`entry`, moved by all but its gradient."""
+        i = self._places[id(entry)]
+        if self._pulls.keep != 1:
+            entry.mul_(self._pulls.keep)
+        if self._pulls.back:
+            entry.add_(self._starts[i], alpha=self._pulls.back)
+        if i in self._corrections:
+            entry.sub_(self._corrections[i], alpha=self._pulls.rate)
+        return entry
+
+
+class _Fused(nn.Module):
+    """A linear layer whose backward pass moves its own weights, which are no parameters of it: none has a gradient."""
+
+    def __init__(self, linear: nn.Linear, move: Callable[[Tensor], Tensor], rate: float) -> None:
+        super().__init__()
+        self.kept = (linear.weight, linear.bias)
+        self.move, self.rate = move, rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Linear.apply(x, self, _ANCHOR)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Linear(torch.autograd.Function):
+    """The gradient of a weight is what came back to the outputs times the inputs: added to it, never stored."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: _Fused, anchor: Tensor) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        return nn.functional.linear(x, *layer.kept)
+
+    @staticmethod
+    def backward(ctx: Any, *back: Tensor) -> tuple[Tensor | None, None, None]:
+        (x,), (weight, bias) = ctx.saved_tensors, ctx.layer.kept
+        further = back[0] @ weight.to(back[0].dtype) if ctx.needs_input_grad[0] else None
+        rows = back[0].reshape(-1, weight.shape[0]).to(weight.dtype)
+        ctx.layer.move(weight).addmm_(rows.T, x.reshape(-1, weight.shape[1]).to(weight.dtype), alpha=-ctx.layer.rate)
+        if bias is not None:
+            ctx.layer.move(bias).sub_(rows.sum(0), alpha=ctx.layer.rate)
+        return (None if further is None else further.to(x.dtype)), None, None
+
+
+_ANCHOR = torch.zeros((), requires_grad=True)
+"""An input that asks for a backward pass where the examples do not."""
+
+
+def _with(module: nn.Module, fused: Mapping[int, nn.Module]) -> nn.Module:
+    """`module`, a chain, with its linear layers replaced."""
+    if id(module) in fused:
+        return fused[id(module)]
+    if type(module) is nn.Sequential:
+        return nn.Sequential(*(_with(part, fused) for part in module))
+    return module

@@ -1,0 +1,162 @@
+"""Processes that train blocks of clients: forked from the run's own, so that they share its data and need no start.
+
+A block comes out the same in whichever process it is trained. The weights, and the sums that come back, lie in memory
+that both sides share; the rest travels by pipe. A worker that dies is named, and another trains its block again, with
+the same batches; noise is drawn anew.
+
+Legend: P is the number of weights.
+"""
+
+import mmap
+import multiprocessing
+import signal
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clients.task import Reply, Task
+from scenarios.weights import Vector
+
+Work = Callable[[Sequence[Task]], list[Reply]]
+Blocks = Sequence[Sequence[Task]]
+
+_ATTEMPTS = 3
+"""How often a block is tried before its clients are given up for the round."""
+_NOWHERE = np.zeros(0, np.float32)
+_IDLE: int | None = None
+
+
+class Workers:
+    """Up to `count` processes that do `work`; forked at the first blocks, anew where weights change their length."""
+
+    def __init__(self, work: Work, count: int, say: Callable[[str], None]) -> None:
+        """say: hears of a worker that died."""
+        self._work, self._count, self._say = work, count, say
+        self._weights = _NOWHERE
+        self._workers: list[_Worker] = []
+        weakref.finalize(self, _end, self._workers)
+
+    def close(self) -> None:
+        _end(self._workers)
+
+    def map(self, blocks: Blocks) -> Iterator[list[Reply]]:
+        """The replies to the tasks of each block, in order. All tasks have the same weights."""
+        self._meet(blocks)
+        waiting, tries = list(range(len(blocks))), [0] * len(blocks)
+        done: dict[int, list[Reply]] = {}
+        for i in range(len(blocks)):
+            while i not in done:
+                for worker in self._workers:
+                    if waiting and worker.block is None:
+                        at = waiting.pop(0)
+                        worker.start(at, blocks[at])
+                for worker in _answered(self._workers):
+                    at, replies = worker.finish()
+                    if replies is None:
+                        tries[at] += 1
+                        self._replace(worker, f"in a block of {len(blocks[at])} clients, which is trained again")
+                        replies = [_lost(task) for task in blocks[at]] if tries[at] == _ATTEMPTS else None
+                    if replies is None:
+                        waiting.insert(0, at)
+                    else:
+                        done[at] = replies
+            yield done.pop(i)
+
+    def _meet(self, blocks: Blocks) -> None:
+        """Idle workers, as many as have something to do, who see the round's weights."""
+        weights = blocks[0][0].weights
+        busy = any(worker.block is not None for worker in self._workers)  # a round was left before its end
+        if busy or weights.shape != self._weights.shape:
+            _end(self._workers)
+            self._weights = np.frombuffer(mmap.mmap(-1, max(1, weights.nbytes)), np.float32, weights.size)
+        self._weights[:] = weights
+        while len(self._workers) < min(self._count, len(blocks)):
+            self._workers.append(_Worker(self._work, self._weights, len(self._workers) + 1))
+
+    def _replace(self, worker: "_Worker", what: str) -> None:
+        self._say(f"worker {worker.number} died {what}")
+        worker.end()
+        self._workers[self._workers.index(worker)] = _Worker(self._work, self._weights, worker.number)
+
+
+class _Worker:
+    """One process, as its parent sees it."""
+
+    def __init__(self, work: Work, weights: Vector, number: int) -> None:
+        self.number, self.block = number, _IDLE
+        self._total = np.frombuffer(mmap.mmap(-1, max(1, 8 * weights.size)), np.float64, weights.size)
+        self.connection, theirs = multiprocessing.Pipe()
+        arguments = (work, weights, self._total, theirs)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # other threads may live: the child touches none's locks
+            self._process = multiprocessing.get_context("fork").Process(target=_serve, args=arguments, daemon=True)
+            self._process.start()
+        theirs.close()
+
+    def start(self, block: int, tasks: Sequence[Task]) -> None:
+        self.block = block
+        with suppress(OSError):  # dead: `finish` will see it
+            self.connection.send([replace(task, weights=_NOWHERE) for task in tasks])
+
+    def finish(self) -> tuple[int, list[Reply] | None]:
+        """(the block, its replies; None: the process has died)."""
+        block, self.block = self.block, None
+        assert block is not None
+        try:
+            replies: list[Reply] = self.connection.recv()
+        except (OSError, EOFError):
+            return block, None
+        return block, [_with_total(reply, self._total) for reply in replies]
+
+    def end(self) -> None:
+        self.connection.close()
+        self._process.terminate()
+        self._process.join()
+
+
+def _serve(work: Work, weights: Vector, total: NDArray[np.float64], connection: Connection) -> None:
+    """The child: a block at a time, until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    held = weights.copy()
+    with suppress(EOFError, OSError):
+        while True:
+            tasks = connection.recv()
+            np.copyto(held, weights)
+            connection.send([_without_total(reply, total) for reply in work([replace(t, weights=held) for t in tasks])])
+
+
+def _without_total(reply: Reply, shared: NDArray[np.float64]) -> Reply:
+    if reply.summand is None or reply.summand.total is None:
+        return reply
+    shared[:] = reply.summand.total
+    return replace(reply, summand=replace(reply.summand, total=shared[:0]))
+
+
+def _with_total(reply: Reply, shared: NDArray[np.float64]) -> Reply:
+    if reply.summand is None or reply.summand.total is None:
+        return reply
+    return replace(reply, summand=replace(reply.summand, total=shared.copy()))
+
+
+def _answered(workers: Sequence[_Worker]) -> list[_Worker]:
+    """Those who have an answer, or have died; waits for one."""
+    busy = {worker.connection: worker for worker in workers if worker.block is not None}
+    return [busy[connection] for connection in wait(list(busy)) if isinstance(connection, Connection)]
+
+
+def _lost(task: Task) -> Reply:
+    return Reply(task.round, task.client, reason=f"its worker died {_ATTEMPTS} times")
+
+
+def _end(workers: list[_Worker]) -> None:
+    while workers:
+        workers.pop().end()

@@ -1,0 +1,242 @@
+"""local.engine=cohort in a federation: what single clients come to, whatever sums, processes or deaths lie between."""
+
+import os
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from clients import cohort
+from clients.task import Reply, Task
+from clients.training import Node
+from clients.workers import Workers
+from scenarios import Examples, Federation, Scenario
+from scenarios.settings import Settings, override
+from scenarios.weights import Vector
+from server import budget, combine
+from server.embedded import EmbeddedFleet
+from server.references import NoJournal
+from server.rounds import rounds
+from server.state import Row, Score, ServerState, first_state
+
+SIZES = {f"{i:02}": 10 + 3 * i for i in range(9)}
+BASE = "rounds.number=4 local.batch=8 local.rate=0.2 local.epochs=2 run.processes=1"
+
+
+def examples(name: str) -> Examples:
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    x = torch.randn(SIZES.get(name, 30), 12, generator=generator)
+    return Examples(x, (x[:, 0] + x[:, 1] > 0).long())
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 2))
+
+
+class Kept(NoJournal):
+    def __init__(self) -> None:
+        self.rows = list[Row]()
+
+    def reserve(self, number: int, steps: Mapping[str, int]) -> dict[str, str]:
+        return {}
+
+    def commit(self, state: ServerState, row: Row, taken: object) -> None:
+        self.rows.append(row)
+
+
+def made_node(folder: Path, text: str, data: Callable[[str], Examples] = examples) -> Node:
+    settings = override(Settings(), f"{BASE} {text}")
+    federation = Federation(SIZES, data, examples("validation"), examples("test"))
+    scenario = Scenario("made", Settings(), {"net": net}, lambda _: federation, name="made")
+    return Node(scenario, settings, federation, folder)
+
+
+def federate(
+    folder: Path, text: str, state: ServerState | None = None, data: Callable[[str], Examples] = examples
+) -> tuple[ServerState, list[Row]]:
+    node = made_node(folder, text, data)
+    fleet, kept = EmbeddedFleet(node), Kept()
+    plans = budget.plans(fleet.hello(), node.settings)
+    state = state or first_state(node.template, node.settings)
+    *_, (last, _) = rounds(fleet, fleet.hello(), plans, state, node.settings, kept, lambda _: Score(1.0, 0.5))
+    return last, kept.rows
+
+
+def close(one: Vector, other: Vector, most: float = 1e-5) -> bool:
+    """most: what an entry may be off, where what follows is continuous in the updates."""
+    off = np.abs(one - other) / np.abs(other).max()
+    return bool(np.median(off) <= 1e-5 and off.max() <= most)
+
+
+WAYS = {
+    "mean": "",
+    "uniform": "server.weighting=uniform",
+    "part of the fleet": "rounds.fraction=0.5",
+    "adam": "server.step=adam server.rate=0.01",
+    "proximal": "local.proximal=0.3",
+    "median": "server.combine=median",
+    "krum": "server.combine=krum",
+    "nova": "server.normalize=true",
+    "scaffold": "local.scaffold=true",
+    "float16": "codec=float16",
+    "top-k": "codec=topk:0.2",
+    "dropouts": "faults.dropout=0.3",
+    "deadline": "fleet.profile=edge fleet.deadline=5",
+    "example": "privacy.unit=example privacy.noise_seed=2",
+    "client": "privacy.unit=client privacy.noise_seed=2 privacy.epsilon=50",
+    "secret draw": "privacy.unit=client privacy.noise_seed=2 rounds.fraction=0.6 rounds.minimum=0 privacy.epsilon=50",
+    "adaptive": "privacy.unit=client privacy.noise_seed=2 privacy.adapt=true privacy.epsilon=50",
+    "by turns": "privacy.unit=client privacy.noise_seed=2 privacy.bands=2 privacy.epsilon=50",
+    "both": "privacy.unit=both privacy.noise_seed=2 privacy.epsilon=50",
+    "local": "privacy.unit=local privacy.noise_seed=2 privacy.epsilon=500",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_blocks_come_to_what_single_clients_come_to(tmp_path: Path, way: str) -> None:
+    truth, told = federate(tmp_path / "single", WAYS[way])
+    found, rows = federate(tmp_path / "cohort", f"{WAYS[way]} local.engine=cohort local.block=4")
+    assert close(found.weights, truth.weights, 0.1 if "topk" in WAYS[way] else 1e-5)  # an entry is sent or is not
+    assert found.clients == truth.clients
+    same = (
+        "cohort",
+        "replies",
+        "rejected",
+        "late",
+        "skipped",
+        "applied",
+        "reason",
+        "bytes_up",
+        "bytes_down",
+        "epsilon",
+    )
+    assert [[row[key] for key in same] for row in rows] == [[row[key] for key in same] for row in told]
+    assert rows[-1]["applied"]
+
+
+@pytest.mark.parametrize("way", ["mean", "example", "client", "top-k"])
+def test_one_process_or_two_give_the_same_bits(tmp_path: Path, way: str) -> None:
+    text = f"{WAYS[way]} local.engine=cohort local.block=2"
+    one, _ = federate(tmp_path / "one", text)
+    two, _ = federate(tmp_path / "two", f"{text} run.processes=2")
+    assert np.array_equal(one.weights, two.weights)
+
+
+def test_a_run_in_two_parts_gives_the_same_bits(tmp_path: Path) -> None:
+    text = "local.engine=cohort rounds.fraction=0.7"
+    whole, _ = federate(tmp_path / "whole", text)
+    node = made_node(tmp_path, text)
+    first = replace(first_state(node.template, node.settings), until=2)
+    half, _ = federate(tmp_path / "parts", text, first)
+    rest, _ = federate(tmp_path / "parts", text, replace(half, until=4))
+    assert np.array_equal(rest.weights, whole.weights)
+
+
+def once(path: Path) -> bool:
+    """Whether this is the first call with `path`, in any process."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+def test_a_worker_that_dies_is_named_and_its_block_trained_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def data(name: str) -> Examples:
+        if name == "05" and os.getpid() != parent and once(tmp_path / "died"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return examples(name)
+
+    parent, text = os.getpid(), "local.engine=cohort local.block=2 run.processes=2"
+    found, rows = federate(tmp_path / "dies", text, data=data)
+    assert (tmp_path / "died").exists()
+    assert "died in a block of 2 clients, which is trained again" in capsys.readouterr().err
+    assert np.array_equal(found.weights, federate(tmp_path / "lives", text)[0].weights)
+    assert all(row["replies"] == len(SIZES) for row in rows)
+
+
+def test_a_block_that_kills_every_worker_costs_its_own_clients_alone(tmp_path: Path) -> None:
+    def data(name: str) -> Examples:
+        if name == "05" and os.getpid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return examples(name)
+
+    parent = os.getpid()
+    _, rows = federate(tmp_path, "local.engine=cohort local.block=2 run.processes=2", data=data)
+    assert rows[0]["rejected"] == [{"name": name, "reason": "its worker died 3 times"} for name in ("04", "05")]
+    assert rows[0]["applied"]
+
+
+def tasks(count: int, value: float) -> list[Task]:
+    weights = np.full(3, value, np.float32)
+    return [Task("train", 1, f"{i:02}", weights, ()) for i in range(count)]
+
+
+def told(given: Sequence[Task]) -> list[Reply]:
+    return [Reply(task.round, task.client, task.weights.tobytes() + os.urandom(8)) for task in given]
+
+
+def test_workers_see_each_rounds_weights_and_draw_apart() -> None:
+    workers = Workers(told, 2, print)
+    drawn = set()
+    for value in (1.0, 2.0):
+        replies = [reply for block in workers.map(cohort.cut(tasks(6, value), 2)) for reply in block]
+        assert [reply.client for reply in replies] == [f"{i:02}" for i in range(6)]
+        assert {reply.payload[:12] for reply in replies} == {np.full(3, value, np.float32).tobytes()}
+        drawn |= {reply.payload[12:] for reply in replies}
+    assert len(drawn) == 12
+    workers.close()
+
+
+def test_a_round_that_is_left_halfway_leaves_nothing_to_the_next() -> None:
+    workers = Workers(told, 2, print)
+    next(workers.map(cohort.cut(tasks(8, 1.0), 2)))
+    replies = [reply for block in workers.map(cohort.cut(tasks(4, 2.0), 2)) for reply in block]
+    assert {reply.payload[:12] for reply in replies} == {np.full(3, 2.0, np.float32).tobytes()}
+    workers.close()
+
+
+def noised(node: Node, given: Sequence[Task]) -> list[Reply]:
+    return cohort.answer(node, given)
+
+
+def test_no_two_workers_draw_the_same_noise(tmp_path: Path) -> None:
+    node = made_node(tmp_path, "privacy.unit=example local.engine=cohort", lambda name: examples("00"))
+    fleet = EmbeddedFleet(node)
+    plans = budget.plans(fleet.hello(), node.settings)
+    first = first_state(node.template, node.settings)
+    given = [
+        Task(
+            "train",
+            1,
+            name,
+            first.weights,
+            first.layout,
+            0.1,
+            2,
+            mechanism=plans[name].mechanism,
+            clip=plans[name].clip,
+        )
+        for name in SIZES
+    ]
+    torch.rand(1)  # a generator that forked processes would repeat
+    workers = Workers(partial(noised, node), 2, print)
+    payloads = [reply.payload for block in workers.map(cohort.cut(given, 1)) for reply in block]
+    workers.close()
+    assert len(set(payloads)) == len(SIZES)
+
+
+def test_a_sum_that_holds_other_clients_than_those_accepted_is_not_applied() -> None:
+    parts = [combine.Part(1.0, True, None, 0.0), combine.Part(2.0, True, np.ones(3), 3.0)]
+    assert combine.of_parts(parts, 3).weight == 3.0
+    short = combine.of_parts(parts[1:], 3)
+    assert short.reason is not None
+    assert not short.total.any()
