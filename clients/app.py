@@ -114,7 +114,7 @@ def _keyholder(context: Context) -> "KeyHolder":
 
 
 def _work(content: RecordDict, context: Context) -> RecordDict:
-    from clients import device, messages, training
+    from clients import cohort, device, messages
     from clients.task import Reply
 
     try:
@@ -128,7 +128,7 @@ def _work(content: RecordDict, context: Context) -> RecordDict:
             link = device.transfer_seconds(device.said(context.node_config), down, size)
             task = replace(task, deadline=max(1e-9, task.deadline - link))
         own = _own(context)
-        reply = own.answer(node, task) if own else training.answer(node, task)
+        reply = own.answer(node, task) if own else cohort.alone(node, task)
     except Exception as error:
         reply = Reply(round=0, client="", reason=_reason(error))
     return messages.encode_reply(reply)

@@ -14,18 +14,21 @@ Legend: P is the number of weights; K clients, R rows, B and T as in clients/gra
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clients import fused, gram, private_stack, sgd, stack, training, upload
+from clients import fused, gram, private_stack, sgd, stack, training, upload, workers
 from clients.codecs import CodecError
 from clients.task import Reply, Summand, Task
 from clients.training import Admitted, Node
 from privacy import dp_sgd
+from privacy.refused import Refused
 from scenarios.seeds import derive
+from scenarios.settings import Local, Settings
 from scenarios.weights import Vector
 
 Weigh = Callable[[int], float]
@@ -62,6 +65,35 @@ def answer(node: Node, tasks: Sequence[Task], weigh: Weigh | None = None) -> lis
             replies |= {reply.client: reply for reply in (summed.take(group) if summed else _singly(node, group))}
     inorder = [replies[task.client] for task in tasks]
     return inorder if summed is None else summed.carried(inorder)
+
+
+def alone(node: Node, task: Task) -> Reply:
+    """A task by itself, as a device gets it; with local.engine=cohort what a block makes of it, to rounding."""
+    if node.settings.local.engine == "single" or task.kind != "train":
+        return training.answer(node, task)
+    return answer(node, [task])[0]
+
+
+def check(local: Local) -> None:
+    """Raises Refused for a setting of blocks without blocks, and for a precision that this machine lacks."""
+    if local.engine == "single":
+        for name, usual in (("block", 0), ("precision", "float32")):
+            if (value := getattr(local, name)) != usual:
+                raise Refused(
+                    f"local.{name}={value} is for local.engine=cohort: set it too, or leave local.{name}={usual}"
+                )
+    if local.precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise Refused("local.precision=bf16 needs a processor with bf16 (AVX-512): this one has float32 alone")
+
+
+def told(settings: Settings, tasks: int) -> dict[str, Any]:
+    """How a round of so many tasks is trained, for its row and the report; processes: on the run's own machine."""
+    local, whole = settings.local, [Task("train", 0, "", np.zeros(0, np.float32), ())] * tasks
+    if local.engine == "single":
+        return {"name": "single", "block": 1, "precision": "float32", "threads": 1, "processes": 1}
+    largest = max(map(len, cut(whole, local.block)), default=0)
+    count = workers.available(settings.run.processes)
+    return {"name": "cohort", "block": largest, "precision": local.precision, "threads": 1, "processes": count}
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from clients import training
+from clients import cohort
 from clients.task import Charge, Hello, Reply, Task
 from clients.training import Node
 from privacy import accounting
@@ -66,7 +66,7 @@ class OwnLedger:
         """Do what `task` asks, if the account pays for it. Never raises: a failure is a Reply with a reason."""
         try:
             if task.kind == "protect" or not self._kept(node, task.kind == "evaluate"):
-                return training.answer(node, task)
+                return cohort.alone(node, task)
             if not (task.mechanism or task.update_noise) or task.charge is None:
                 raise Refused("the task is not charged to a ledger, or is without noise")
             return self._charged(node, task, task.charge)
@@ -96,7 +96,7 @@ class OwnLedger:
         if short := ledger.reserve(charge.run, task.round, asked, charge.attempt, {account: charge.head}):
             raise Refused(f"epsilon {short[account]}")
         head = ledger.chain.head  # what comes after it is not durable yet
-        reply = training.answer(node, task)
+        reply = cohort.alone(node, task)
         if not reply.reason:
             reply = replace(reply, head=head)
             self._keep(account, reply, charge)

@@ -9,6 +9,7 @@ Legend: P is the number of weights.
 
 import mmap
 import multiprocessing
+import os
 import signal
 import warnings
 import weakref
@@ -30,6 +31,11 @@ _ATTEMPTS = 3
 """How often a block is tried before its clients are given up for the round."""
 _NOWHERE = np.zeros(0, np.float32)
 _IDLE: int | None = None
+
+
+def available(processes: int) -> int:
+    """The setting run.processes, where 0 is one for each core that this process may use."""
+    return processes or len(os.sched_getaffinity(0))
 
 
 class Workers:

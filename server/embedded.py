@@ -1,6 +1,5 @@
 """EmbeddedFleet: every client on this machine, trained one after another or in blocks."""
 
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -8,7 +7,7 @@ from functools import cached_property, partial
 from clients import cohort
 from clients.task import Hello, Reply, Task
 from clients.training import Node, answer, hello
-from clients.workers import Workers
+from clients.workers import Workers, available
 from server import replies
 
 
@@ -35,7 +34,7 @@ class EmbeddedFleet:
 
     @cached_property
     def _processes(self) -> int:
-        return self._node.settings.run.processes or len(os.sched_getaffinity(0))
+        return available(self._node.settings.run.processes)
 
     @cached_property
     def _workers(self) -> Workers:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+from clients import cohort
 from clients.task import Hello
 from clients.training import Node
 from privacy import certificate, dp_sgd
@@ -70,6 +71,7 @@ def collect(
             "left_out": _left_out(rows),
             "unevaluated": _unevaluated(rows, final),
             "runtime": runtime,
+            "engine": cohort.told(settings, select.cohort_size(len(roster), settings)),
         },
         "edge": dict(shipped),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},

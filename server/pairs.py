@@ -1,12 +1,13 @@
 """Settings that do not fit one another, refused before anyone is asked."""
 
-from clients import upload
+from clients import cohort, upload
 from privacy.refused import Refused
 from scenarios.settings import Settings
 
 
 def check(settings: Settings) -> None:
     """Raises Refused, in one line, for what the unit of privacy, or another setting, makes no sense of."""
+    cohort.check(settings.local)
     _summable(settings)
     if settings.local.scaffold:
         _scaffold(settings)

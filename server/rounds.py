@@ -11,7 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
-from clients import scaffold, upload
+from clients import cohort, scaffold, upload
 from clients.task import Hello, Reply, Task
 from privacy import accounting, cohort_noise, noise_shares
 from privacy.matrix_noise import BandedNoise
@@ -86,7 +86,7 @@ def rounds(
         tasks = [journal.charged(task) for task in tasks]
 
         # train; what comes back is decoded and checked one by one, and combined as it comes
-        row = _new_row(state, number, chosen, tasks)
+        row = _new_row(state, number, chosen, tasks) | {"engine": cohort.told(settings, len(tasks))}
         accepted: dict[str, int] = {}
         ask = partial(replies.counted, fleet, row)
         good = partial(replies.good, tasks=tasks, roster=roster, journal=journal, row=row, accepted=accepted)
@@ -132,7 +132,7 @@ def rounds(
         taken = accepted if settings.privacy.unit in ("none", "example") else chosen.paid  # a round is paid for whole
         state = _advance(state, settings, number, chosen, accepted, taken, row)
         if select.secret(settings):
-            _withhold(row, traffic, select.cohort_size(len(names), settings) if chosen.paid else 0)
+            _withhold(row, traffic, select.cohort_size(len(names), settings) if chosen.paid else 0, settings)
         row["loss"], row["accuracy"], row["worst_client_accuracy"], missing = score(state)
         row["unevaluated"] = [{"name": name, "reason": reason} for name, reason in sorted(missing.items())]
         row["epsilon"] = worst_epsilon(state, plans)
@@ -238,10 +238,11 @@ def _too_few(chosen: select.Cohort, accepted: Mapping[str, int], clients: int, s
     return f"{len(accepted)} good replies, {least} are needed" if len(accepted) < least else None
 
 
-def _withhold(row: Row, traffic: tuple[int, int], expected: int) -> None:
+def _withhold(row: Row, traffic: tuple[int, int], expected: int, settings: Settings) -> None:
     """What would tell who was drawn stays out of the row; bytes are those of the cohort expected."""
     row.update(cohort=[], replies=None, rejected=[], late=[], skipped=[], simulated_seconds=None)
     row.update(bytes_up=expected * traffic[1], bytes_down=expected * traffic[0])
+    row["engine"] = cohort.told(settings, expected)
 
 
 def _new_row(state: ServerState, number: int, chosen: select.Cohort, tasks: Sequence[Task]) -> Row:

@@ -106,6 +106,14 @@ class LeftOut(Closed):
     times: Count
 
 
+class Engine(Closed):
+    name: str
+    block: Count
+    precision: str
+    threads: Count
+    processes: Count
+
+
 class Fleet(Closed):
     profile: str
     clients: Count
@@ -114,6 +122,7 @@ class Fleet(Closed):
     left_out: list[LeftOut]
     unevaluated: list[LeftOut]
     runtime: str
+    engine: Engine
 
 
 class Variant(Closed):

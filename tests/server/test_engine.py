@@ -16,10 +16,11 @@ from clients import cohort
 from clients.task import Reply, Task
 from clients.training import Node
 from clients.workers import Workers
+from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario
 from scenarios.settings import Settings, override
 from scenarios.weights import Vector
-from server import budget, combine
+from server import budget, combine, pairs
 from server.embedded import EmbeddedFleet
 from server.references import NoJournal
 from server.rounds import rounds
@@ -240,3 +241,33 @@ def test_a_sum_that_holds_other_clients_than_those_accepted_is_not_applied() -> 
     short = combine.of_parts(parts[1:], 3)
     assert short.reason is not None
     assert not short.total.any()
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("local.precision=bf16", "local.precision=bf16 is for local.engine=cohort"),
+        ("local.block=5", "local.block=5 is for local.engine=cohort"),
+    ],
+)
+def test_a_setting_of_blocks_without_blocks_is_refused(text: str, line: str) -> None:
+    with pytest.raises(Refused, match=line):
+        pairs.check(override(Settings(), text))
+
+
+def test_bf16_is_refused_where_the_processor_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with pytest.raises(Refused, match="this one has float32 alone"):
+        pairs.check(override(Settings(), "local.engine=cohort local.precision=bf16"))
+
+
+def test_a_row_says_how_its_round_was_trained(tmp_path: Path) -> None:
+    _, rows = federate(tmp_path, "local.engine=cohort local.block=4")
+    assert rows[0]["engine"] == {"name": "cohort", "block": 4, "precision": "float32", "threads": 1, "processes": 1}
+    _, rows = federate(tmp_path, "")
+    assert rows[0]["engine"]["name"] == "single"
+
+
+def test_a_row_of_a_secret_draw_does_not_say_how_many_were_drawn(tmp_path: Path) -> None:
+    _, rows = federate(tmp_path, f"{WAYS['secret draw']} local.engine=cohort rounds.number=6")
+    assert {row["engine"]["block"] for row in rows} == {3}
