@@ -29,7 +29,7 @@ app = ClientApp()
 @app.query()
 def hello(message: Message, context: Context) -> Message:
     """Say which client this node is and what it holds, or why it cannot take part."""
-    from clients import device, messages, training
+    from clients import device, greetings, training
 
     if "keys" in context.node_config:
         return Message(_key_node(context), reply_to=message)
@@ -39,9 +39,9 @@ def hello(message: Message, context: Context) -> Message:
         said = device.said(context.node_config)
         told = training.hello(node, name, said)
         own = _own(context)
-        content = messages.encode_hello(own.greet(node, told) if own else told, nodes)
+        content = greetings.encode_hello(own.greet(node, told) if own else told, nodes)
     except Exception as error:
-        content = messages.encode_refusal(_reason(error), nodes)
+        content = greetings.encode_refusal(_reason(error), nodes)
     return Message(content, reply_to=message)
 
 
@@ -90,15 +90,15 @@ def _noise(context: Context) -> "CohortNoise | None":
 
 
 def _key_node(context: Context) -> RecordDict:
-    from clients import messages
+    from clients import greetings
     from clients.task import KeyNode
 
     try:
         mine = _keyholder(context)
     except Exception as error:
-        return messages.encode_refusal(_reason(error))
+        return greetings.encode_refusal(_reason(error))
     mine.close()
-    return messages.encode_key_node(KeyNode(mine.identity.hex()))
+    return greetings.encode_key_node(KeyNode(mine.identity.hex()))
 
 
 def _keyholder(context: Context) -> "KeyHolder":
