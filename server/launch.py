@@ -16,8 +16,9 @@ from scenarios import Scenario
 from scenarios.settings import Settings
 from server import results
 from server import run as job
-from server.console import Live, summary
+from server.console import summary
 from server.embedded import EmbeddedFleet
+from server.live import Live
 from server.record import RunFolder
 
 
