@@ -68,7 +68,7 @@ def prepared_job(
 ) -> Iterator[job.Job]:
     """The embedded fleet met, then its live table: what is refused at the meeting stays one line."""
     with Console(stderr=True, quiet=quiet).status("meeting the clients, calibrating noise"):
-        prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, _Silent(), stop)
+        prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, Quiet(), stop)
     with _live(scenario, settings, quiet) as progress:
         yield replace(prepared, progress=progress)
 
@@ -85,7 +85,7 @@ class Stop(click.exceptions.Exit):
 def _live(scenario: Scenario, settings: Settings, quiet: bool) -> Iterator[job.Progress]:
     """The live table, or nothing when quiet."""
     if quiet:
-        yield _Silent()
+        yield Quiet()
         return
     total = settings.rounds.number + settings.export.recover_rounds
     with Live(total, f"{scenario.name}: {scenario.summary}") as live:
@@ -111,7 +111,9 @@ def signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-class _Silent:
+class Quiet:
+    """A `Progress` that nobody watches."""
+
     def row(self, row: dict[str, Any]) -> None:
         """Says nothing."""
 
