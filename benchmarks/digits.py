@@ -31,10 +31,10 @@ class _Forgetful(NoJournal):
         return {}
 
 
-def final_accuracy(seed: int, epsilon: float) -> float:
-    """What `umbel run digits --seed SEED --set privacy.epsilon=EPSILON` reports as final.accuracy."""
-    scenario = load("digits")
-    settings = override(scenario.settings, f"run.seed={seed} privacy.epsilon={epsilon}")
+def final_accuracy(name: str, text: str) -> float:
+    """What `umbel run NAME --set TEXT` reports as final.accuracy."""
+    scenario = load(name)
+    settings = override(scenario.settings, text)
     with tempfile.TemporaryDirectory(prefix="umbel-bench-") as states:
         node = Node(scenario, settings, scenario.data(settings), Path(states))
         fleet = EmbeddedFleet(node)
@@ -64,7 +64,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     chosen = parser.parse_args()
     seeds = range(chosen.first, chosen.first + chosen.seeds)
-    found = {f"epsilon {e:g}": [final_accuracy(seed, e) for seed in seeds] for e in chosen.epsilon}
+
+    def at(epsilon: float) -> list[float]:
+        return [final_accuracy("digits", f"run.seed={seed} privacy.epsilon={epsilon}") for seed in seeds]
+
+    found = {f"epsilon {e:g}": at(e) for e in chosen.epsilon}
     found["no privacy"] = [without_privacy(seed) for seed in seeds]
     base = statistics.mean(found["no privacy"])
     print(f"digits, seeds {seeds.start} to {seeds.stop - 1}")

@@ -1,6 +1,7 @@
 """The Flower ClientApp: finds out which client this node is, then does what the embedded fleet does in process.
 
-Torch and Opacus are imported by the handlers, since on a device every message starts a process of its own.
+Torch and Opacus are imported where there is training, since on a device every message starts a process of its own:
+neither a stage of a masked sum nor a key holder needs them.
 """
 
 import hashlib
@@ -19,9 +20,8 @@ from privacy.refused import Refused
 
 if TYPE_CHECKING:
     from clients.own_ledger import OwnLedger
+    from clients.task import Reply, Task
     from clients.training import Node
-    from privacy.cohort_noise import CohortNoise
-    from privacy.keyholder import KeyHolder
 
 app = ClientApp()
 
@@ -29,19 +29,19 @@ app = ClientApp()
 @app.query()
 def hello(message: Message, context: Context) -> Message:
     """Say which client this node is and what it holds, or why it cannot take part."""
-    from clients import device, messages, training
-
     if "keys" in context.node_config:
         return Message(_key_node(context), reply_to=message)
+    from clients import device, greetings, training
+
     nodes = _simulated(context)
     try:
         node, name = _here(context)
         said = device.said(context.node_config)
         told = training.hello(node, name, said)
         own = _own(context)
-        content = messages.encode_hello(own.greet(node, told) if own else told, nodes)
+        content = greetings.encode_hello(own.greet(node, told) if own else told, nodes)
     except Exception as error:
-        content = messages.encode_refusal(_reason(error), nodes)
+        content = greetings.encode_refusal(_reason(error), nodes)
     return Message(content, reply_to=message)
 
 
@@ -70,68 +70,66 @@ def keyholder(message: Message, context: Context) -> Message:
     from privacy import holder
 
     try:
-        mine = _keyholder(context)
-        try:
-            said = holder.answer(mine, messages.decode_bytes(message.content), _noise(context))
-        finally:
-            mine.close()
+        from clients import key_node
+
+        said = key_node.answer(context.node_config, messages.decode_bytes(message.content))
     except Exception as error:
         said = holder.pack({"refused": _reason(error)})
     return Message(messages.encode_bytes(said), reply_to=message)
 
 
-def _noise(context: Context) -> "CohortNoise | None":
-    """What this key holder puts on every sum, as its owner has it."""
-    from privacy.cohort_noise import CohortNoise
-
-    config = context.node_config
-    names = ("multiplier", "expected", "quantile", "adapt-rate")
-    return CohortNoise(*(float(config[name]) for name in names)) if "multiplier" in config else None
-
-
 def _key_node(context: Context) -> RecordDict:
-    from clients import messages
-    from clients.task import KeyNode
+    from clients import greetings
 
     try:
-        mine = _keyholder(context)
+        from clients import key_node  # a library that is missing is a reason, too
+
+        return greetings.encode_key_node(key_node.hello(context.node_config))
     except Exception as error:
-        return messages.encode_refusal(_reason(error))
-    mine.close()
-    return messages.encode_key_node(KeyNode(mine.identity.hex()))
-
-
-def _keyholder(context: Context) -> "KeyHolder":
-    """The key holder that this node is, as its owner has it: `keys`, `clients`, `minimum`, `cohort` in its config."""
-    from clients.masking import read_peers
-    from privacy.keyholder import KeyHolder
-
-    config = context.node_config
-    if "keys" not in config:
-        raise Refused("this node is no key holder: `umbel keyholder` starts one")
-    numbers = (int(config[name]) if name in config else None for name in ("cohort", "minimum"))
-    return KeyHolder(Path(str(config["keys"])), read_peers(Path(str(config.get("clients", "")))), *numbers)
+        return greetings.encode_refusal(_reason(error))
 
 
 def _work(content: RecordDict, context: Context) -> RecordDict:
-    from clients import cohort, device, messages
+    from clients import messages
     from clients.task import Reply
 
     try:
         task = messages.decode_task(content)
-        node, name = _here(context)
-        if task.client != name:
-            raise Refused(f"this node is {name}, the task is for {task.client}")
-        if task.deadline:  # the link takes its part of it: this node's owner knows how fast it is
-            size = task.weights.nbytes
-            down = size if task.control is None else 2 * size
-            link = device.transfer_seconds(device.said(context.node_config), down, size)
-            task = replace(task, deadline=max(1e-9, task.deadline - link))
-        own = _own(context)
-        reply = own.answer(node, task) if own else cohort.alone(node, task)
+        reply = (_stage(task, context) if task.kind == "protect" else None) or _answer(task, context)
     except Exception as error:
         reply = Reply(round=0, client="", reason=_reason(error))
     return messages.encode_reply(reply)
+
+
+def _answer(task: "Task", context: Context) -> "Reply":
+    from clients import cohort, device
+
+    node, name = _here(context)
+    _addressed(task, name)
+    if task.deadline:  # the link takes its part of it: this node's owner knows how fast it is
+        size = task.weights.nbytes
+        down = size if task.control is None else 2 * size
+        link = device.transfer_seconds(device.said(context.node_config), down, size)
+        task = replace(task, deadline=max(1e-9, task.deadline - link))
+    own = _own(context)
+    return own.answer(node, task) if own else cohort.alone(node, task)
+
+
+def _stage(task: "Task", context: Context) -> "Reply | None":
+    """What `_answer` makes of a stage of a masked sum, without torch; None where this node keeps no settings for it."""
+    from clients import masking, upload, wanted
+    from clients.task import Reply
+
+    if "client" not in context.node_config or (known := wanted.kept(_states(context), _run(context))) is None:
+        return None
+    _addressed(task, str(context.node_config["client"]))
+    member = masking.Member(known.folder, _peers(context), known.settings.protect)
+    return Reply(task.round, task.client, member.answer(task, upload.grid_of(task, known.settings)))
+
+
+def _addressed(task: "Task", name: str) -> None:
+    if task.client != name:
+        raise Refused(f"this node is {name}, the task is for {task.client}")
 
 
 def _reason(error: Exception) -> str:
@@ -151,6 +149,23 @@ def _states(context: Context) -> Path:
     return Path(named or "~/.umbel/state").expanduser()
 
 
+def _run(context: Context) -> str:
+    """A digest of all that this device's settings for a run follow from, the owner's file included."""
+    config, run = context.node_config, context.run_config
+    scenario = _scenario(str(run["scenario"]), str(config.get("scenario", "")))
+    file = Path(scenario).read_bytes() if scenario.endswith(".py") and Path(scenario).is_file() else b""
+    said = context.run_id, scenario, str(run["set"]), sorted(config.items())
+    return hashlib.sha256(repr(said).encode() + file).hexdigest()[:16]
+
+
+def _peers(context: Context) -> dict[str, bytes]:
+    """The public keys of all clients, as this device's owner has them."""
+    from clients.masking import read_peers
+
+    peers = str(context.node_config.get("peers", ""))
+    return read_peers(Path(peers)) if peers else {}
+
+
 def _own(context: Context) -> "OwnLedger | None":
     """The ledger of this device; simulated nodes keep none, as their server's is on the same disk."""
     from clients.own_ledger import OwnLedger
@@ -166,6 +181,8 @@ def _here(context: Context) -> tuple["Node", str]:
     A device is told both by its owner: `client`, `data`, `state`, `scenario`, `peers`, `keyholder` in its node config.
     A simulated node is the partition-id'th of the sorted client names, and may be told its data folder by the run.
     """
+    from clients import wanted
+
     config, run = context.node_config, context.run_config
     text = str(run["set"])
     named = str(config.get("client", ""))
@@ -183,6 +200,8 @@ def _here(context: Context) -> tuple["Node", str]:
     if named:
         if clients and named not in clients:
             raise Refused(f"this node is client {named!r}, but the scenario has {', '.join(clients)}"[:200])
+        if node.settings.protect.mode == "masked":
+            wanted.keep(_states(context), _run(context), wanted.Wanted(node.settings, node.states))
         return node, named
     if "partition-id" not in config:
         raise Refused("""this node does not say which client it is: start it with --node-config 'client="NAME"'""")

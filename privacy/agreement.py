@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from privacy import frames, neighbours
+from privacy.dealing import DEALT
 from privacy.frames import SIGNATURE, Rules, padded, statement
 from privacy.roster import View
 
@@ -51,6 +52,35 @@ class Sharers:
 
     def _bits(self, who: Numbers) -> bytes:
         return frames.bits(who, self.view.size)
+
+
+def settled(view: View, dealt: Numbers, minimum: int) -> Sharers:
+    """The server's half: those who dealt to enough others who did. Raises ValueError where these are too few."""
+    sharers = Sharers(view, dealt)
+    while alone := {i for i in sharers.who if len(sharers.near(i)) < view.degree.threshold}:
+        sharers = Sharers(view, sharers.who - alone)  # their masks could not be taken away again
+    if len(sharers.who) < minimum:
+        raise ValueError(f"{len(sharers.who)} shared with enough others, {minimum} are the minimum")
+    return sharers
+
+
+def show_sharers(sharers: Sharers, dealt: Mapping[int, Mapping[int, bytes]], to: int) -> bytes:
+    """The server's half: who shared, and what a client's neighbours dealt it. dealt: slots by dealer, then holder."""
+    rows = [dealt[i][to] if i in sharers.who else None for i in sharers.view.edges[to]]
+    return frames.bits(sharers.who, sharers.view.size) + frames.table(rows, DEALT)
+
+
+def read_sharers(view: View, rules: Rules, me: int, body: bytes) -> tuple[Sharers, list[bytes]]:
+    """The client's half: who shared, and a slot from each neighbour; ValueError where nothing is to be masked."""
+    who, table = frames.parts(body, frames.bits_size(view.size), view.degree.neighbours * DEALT)
+    sharers, rows = Sharers(view, frames.numbers(who, view.size)), frames.slots(table, DEALT)
+    if any(any(row) and i not in sharers.who for i, row in zip(view.edges[me], rows, strict=True)):
+        raise ValueError("shares of somebody who has not shared")
+    if me not in sharers.who:
+        raise ValueError(f"{view.adverts[me].name} is not among those who shared")
+    if len(sharers.who) < rules.minimum or len(sharers.near(me)) < view.degree.threshold:
+        raise ValueError(f"too few shared: {len(sharers.who)} in all, {len(sharers.near(me))} neighbours")
+    return sharers, rows
 
 
 def show_survivors(sharers: Sharers, signatures: Mapping[int, bytes], to: int) -> bytes:

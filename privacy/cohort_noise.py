@@ -13,14 +13,17 @@ import math
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from privacy import accounting
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
+
+if TYPE_CHECKING:  # a model is looked at and never made here
+    from torch import nn
 
 _LEAST_NOISE = 0.1
 """Where a client is drawn so rarely that delta alone would cover it without noise, there is noise all the same."""
@@ -192,7 +195,7 @@ def _calibrate(
     return accounting.calibrate(rate, rounds, epsilon, delta, most, population), least, rounds
 
 
-def check(model: nn.Module, combine: str, normalize: bool) -> None:
+def check(model: "nn.Module", combine: str, normalize: bool) -> None:
     """Refuse what cannot be a noised sum, with the reason."""
     if normalize:
         raise Refused(

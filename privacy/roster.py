@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
 
-from privacy import frames, neighbours
+from privacy import frames, neighbours, pads
 from privacy.frames import NAME, SIGNATURE, Attempt, Rules, Stage
 from privacy.neighbours import Degree, Graph
 
@@ -27,6 +27,22 @@ class Advert:
     @property
     def body(self) -> bytes:
         return self.nonce + self.mask_key + self.share_key + self.self_mask
+
+
+@dataclass(frozen=True, repr=False)
+class Secrets:
+    """What stands behind an advert, for its client's eyes alone; 32 bytes each."""
+
+    nonce: bytes
+    self_seed: bytes
+    mask_key: bytes
+    share_key: bytes
+
+    def shown(self, attempt: Attempt, name: str) -> bytes:
+        """The advert's body, as `read_advert` reads it."""
+        nonce = frames.commit("nonce", attempt, frames.padded(name), self.nonce)
+        seed = frames.commit("self seed", attempt, frames.padded(name), self.self_seed)
+        return nonce + pads.public(self.mask_key) + pads.public(self.share_key) + seed
 
 
 @lru_cache(maxsize=1024)  # a client meets each of them at every stage, and simulated ones all meet the same

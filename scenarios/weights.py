@@ -3,31 +3,39 @@
 Legend: P is the number of floating-point entries of a model's state (parameters and buffers).
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from privacy.refused import Refused
+
+if TYPE_CHECKING:  # what only names a vector or a layout, as messages do, loads no torch
+    import torch
+    from torch import nn
 
 Vector = NDArray[np.float32]
 Layout = tuple[tuple[str, tuple[int, ...]], ...]
 """(name, shape) of every floating-point entry of a state, in the order in which they lie in the vector."""
 
 
-def layout(model: nn.Module) -> Layout:
+def layout(model: "nn.Module") -> Layout:
     """The layout of `model`: its floating-point state entries in `state_dict` order. Counters stay where they are."""
     return tuple((name, tuple(value.shape)) for name, value in model.state_dict().items() if value.is_floating_point())
 
 
-def flatten(model: nn.Module) -> Vector:
+def flatten(model: "nn.Module") -> Vector:
     """The state of `model` as a new vector of shape (P,)."""
+    import torch
+
     entries = [v.detach().reshape(-1) for v in model.state_dict().values() if v.is_floating_point()]
     return torch.cat(entries).to(torch.float32).numpy(force=True).copy()
 
 
-def unflatten(vector: Vector, shapes: Layout) -> dict[str, torch.Tensor]:
+def unflatten(vector: Vector, shapes: Layout) -> "dict[str, torch.Tensor]":
     """Named tensors, copies of the parts of `vector` (P,). Raises Refused if the lengths differ."""
+    import torch
+
     sizes = [int(np.prod(shape, dtype=np.int64)) for _, shape in shapes]
     if vector.shape != (sum(sizes),):
         raise Refused(f"a weight vector of shape {vector.shape} came where the model has {sum(sizes)} entries")
@@ -35,18 +43,21 @@ def unflatten(vector: Vector, shapes: Layout) -> dict[str, torch.Tensor]:
     return {name: part.reshape(shape) for (name, shape), part in zip(shapes, torch.split(flat, sizes), strict=True)}
 
 
-def load(model: nn.Module, vector: Vector) -> None:
+def load(model: "nn.Module", vector: Vector) -> None:
     """Copy `vector` (P,) into `model`, in place."""
     model.load_state_dict(unflatten(vector, layout(model)), strict=False)
 
 
-def fit(model: nn.Module, shapes: Layout) -> None:
+def fit(model: "nn.Module", shapes: Layout) -> None:
     """Give the layers of `model` the shapes of a pruned one, in place; the values are undefined until `load`.
 
     Knows the layers whose channels pruning removes: linear, convolution, batch, layer and group norm.
     Raises Refused when the names differ, a shape is no part of the model's, or a layer of another kind would have to
     change.
     """
+    import torch
+    from torch import nn
+
     whole = layout(model)
     if whole == shapes:
         return

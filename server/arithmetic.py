@@ -9,7 +9,7 @@ from clients import upload
 from privacy import accounting, certificate, dp_sgd
 from privacy.noise_shares import Shares
 from scenarios.settings import Local, Settings
-from server import gather, guarantee, provenance, select
+from server import copies, gather, guarantee, select
 from server.guarantee import mechanism
 from server.hazards import hazards
 
@@ -24,7 +24,7 @@ def errors(report: Report) -> Iterator[str]:
         yield from impossible
         return
     yield from _summary(report)
-    yield from _copies(report)
+    yield from copies.errors(report)
     yield from _plan(report)
     yield from _protected(report)
     yield from _derived(report)
@@ -111,59 +111,6 @@ def _summary(report: Report) -> Iterator[str]:
 
 def _most(clients: Sequence[Mapping[str, Any]], account: str) -> float | None:
     return max((client[account]["epsilon"] for client in clients if client[account]), default=None)
-
-
-def _copies(report: Report) -> Iterator[str]:
-    """What stands in two places says the same in both."""
-    stated, privacy, settings = report["statement"], report["privacy"], report["settings"]
-    identity, ledger = stated["identity"], privacy["ledger"]
-    head = None if ledger["path"] is None else {"sequence": ledger["sequence"], "hash": ledger["hash"]}
-    reached = {key: stated["utility"][key] for key in ("accuracy", "without_privacy", "central", "worst_client")}
-    final, reference = report["final"], report["reference"]
-    pairs: list[tuple[str, Any, Any]] = [
-        (
-            "statement.identity.settings_digest",
-            identity["settings_digest"],
-            provenance.sha256(provenance.canonical(settings)),
-        ),
-        ("statement.identity.ledger", identity["ledger"], head),
-        ("statement.identity.run", identity["run"], ledger["run"]),
-        ("statement.identity.versions", identity["versions"], report["versions"]),
-        ("statement.unit.unit", stated["unit"]["unit"], privacy["unit"]),
-        ("settings privacy.unit", settings["privacy.unit"], privacy["unit"]),
-        ("seed", report["seed"], settings["run.seed"]),
-        ("statement.adjacency.relation", stated["adjacency"]["relation"], privacy["adjacency"]),
-        ("statement.delta.rule", stated["delta"]["rule"], privacy["delta_rule"]),
-        ("statement.mechanism.clip_at_end", stated["mechanism"]["clip_at_end"], privacy["clip"]),
-        ("statement.utility.accuracy", reached["accuracy"], final["accuracy"]),
-        ("statement.utility.worst_client", reached["worst_client"], final["worst_client_accuracy"]),
-        ("statement.utility.without_privacy", reached["without_privacy"], reference["no_privacy_accuracy"]),
-        ("statement.utility.central", reached["central"], reference["central_accuracy"]),
-    ]
-    if privacy["clients"]:
-        pairs += [
-            ("statement.mechanism.clip", stated["mechanism"]["clip"], settings["privacy.clip"]),
-            ("statement.not_covered.items", stated["not_covered"]["items"], privacy["not_covered"]),
-            ("privacy.epsilon", privacy["epsilon"], settings["privacy.epsilon"]),
-        ]
-    if privacy["unit"] == "both" and not settings["privacy.adapt"]:
-        pairs.append(("privacy.update_clip", privacy["update_clip"], settings["privacy.update_clip"]))
-    chosen = [variant["accuracy"] for variant in report["edge"]["variants"] if variant["chosen"]]
-    pairs.append(("edge.accuracy", report["edge"]["accuracy"], chosen[0] if chosen else None))
-    drawn = max(1, round(settings["rounds.fraction"] * report["fleet"]["clients"]))
-    if settings["privacy.bands"] > 1:
-        drawn = report["fleet"]["clients"] // settings["privacy.bands"]
-    pairs.append(("statement.sampling.planned_cohort", stated["sampling"]["planned_cohort"], drawn))
-    for name, here, there in pairs:
-        if here != there:
-            yield f"{name} is {here!r}, elsewhere it is {there!r}"
-    for name, value in report["changed"].items():
-        if name not in settings or settings[name] != value:
-            yield f"changed says {name}={value!r}, settings say otherwise"
-    sizes = {entry["file"]: entry["bytes"] for entry in stated["post_processing"]["files"] or []}
-    for variant in report["edge"]["variants"]:
-        if variant["file"] is not None and sizes.get(variant["file"], variant["bytes"]) != variant["bytes"]:
-            yield f"edge variant {variant['name']} has {variant['bytes']} bytes, the statement says otherwise"
 
 
 def _plan(report: Report) -> Iterator[str]:

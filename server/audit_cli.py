@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from privacy.refused import Refused
+from server.options import Data
 
 if TYPE_CHECKING:
     from server.audit import Progress, Result
 
 Seed = Annotated[int | None, typer.Option(help="Seed of the canaries' coins, split and shadows (run.seed).")]
-Data = Annotated[str | None, typer.Option(help="Folder of data sets that are not bundled, else UMBEL_DATA (run.data).")]
 
 
 def audit(

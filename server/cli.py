@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import click
 import typer
@@ -13,8 +13,11 @@ from privacy.refused import Refused
 from server.audit_cli import audit
 from server.keyholder_cli import register as register_keyholder
 from server.ledger_cli import ledger_app
+from server.options import Data, ScenarioName, Seed, Set, State
 from server.plan_cli import register
 from server.report_cli import key_app
+from server.scenario_cli import data_app
+from server.scenario_cli import register as register_scenarios
 
 app = typer.Typer(
     name="umbel",
@@ -25,16 +28,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-data_app = typer.Typer(help="Data sets that are not bundled: list and download them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(key_app, name="key")
 app.command()(audit)
 
-Set = Annotated[str, typer.Option("--set", help='Settings by name, as in "rounds.number=5 privacy.epsilon=3".')]
-Seed = Annotated[int | None, typer.Option(help="Seed of split, partition, initialization and cohorts (run.seed).")]
-Data = Annotated[str | None, typer.Option(help="Folder of data sets that are not bundled, else UMBEL_DATA (run.data).")]
-State = Annotated[str | None, typer.Option(help="Folder of the privacy ledgers, else UMBEL_STATE (run.state).")]
 Runtime = Annotated[str, typer.Option(help="embedded (this process), simulation (Flower on Ray), deployment (nodes).")]
 Superlink = Annotated[str, typer.Option(help="HOST:PORT of the running SuperLink, for --runtime deployment.")]
 Key = Annotated[
@@ -45,7 +43,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print the run folder's pat
 
 @app.command()
 def run(
-    scenario: Annotated[str, typer.Argument(help="A name of `umbel scenarios`, a file.py, or a module.name.")],
+    scenario: ScenarioName,
     set_: Set = "",
     seed: Seed = None,
     data: Data = None,
@@ -167,91 +165,7 @@ def compare(
     side_by_side.compare(run_folders, out)
 
 
-@app.command()
-def scenarios() -> None:
-    """List the bundled scenarios, one line each."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from scenarios import load, names
-
-    table = Table.grid(padding=(0, 3))
-    for name in names():
-        table.add_row(f"[bold]{name}[/]", load(name).summary)
-    Console().print(table)
-
-
-@app.command()
-def settings(
-    scenario: Annotated[str, typer.Argument(help="A name of `umbel scenarios`, a file.py, or a module.name.")],
-    set_: Set = "",
-) -> None:
-    """Print every setting of a scenario: name, value, default (where it differs) and meaning."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from scenarios import load
-    from scenarios.settings import knobs, override
-
-    chosen = load(scenario)
-    defaults = {name: value for name, value, _ in knobs(chosen.settings)}
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("setting", "value", "default"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("meaning", overflow="fold")
-    for name, value, meaning in knobs(override(chosen.settings, set_)):
-        changed = value != defaults[name]
-        table.add_row(name, _shown(value), _shown(defaults[name]), meaning, style="bold" if changed else "")
-    Console(width=None if sys.stdout.isatty() else 180, highlight=False).print(table)
-
-
-@data_app.command("list")
-def data_list() -> None:
-    """List the data sets that scenarios use and where they were found."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from scenarios import sources
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("name", "what", "licence", "found in"):
-        table.add_column(column)
-    for name, source in sources.SOURCES.items():
-        try:
-            where = str(sources.find(name, ""))
-        except Refused:
-            where = f"missing: umbel data get {name}"
-        table.add_row(name, source.description, source.licence, where)
-    Console().print(table)
-
-
-@data_app.command("get")
-def data_get(
-    name: Annotated[str, typer.Argument(help="A name of `umbel data list`.")],
-    to: Annotated[Path | None, typer.Option(help="Folder to keep it in (default: where `umbel run` looks).")] = None,
-    origin: Annotated[str, typer.Option(help="Base URL of a mirror in place of the public origin.")] = "",
-) -> None:
-    """Download a data set from its public origin; goes on where an earlier try stopped, and checks every digest."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-
-    from scenarios import sources
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    if name not in sources.SOURCES:
-        raise Refused(f"there is no data set {name!r}: choose one of {', '.join(sources.SOURCES)}")
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, Any] = {}
-
-        def progress(done: int, total: int, filename: str) -> None:
-            if filename not in tasks:
-                tasks[filename] = bar.add_task(filename, total=total or None)
-            bar.update(tasks[filename], completed=done, total=total or None)
-
-        folder = sources.get(name, to, progress, origin or None)
-    print(folder)
-
-
+register_scenarios(app)
 register(app)
 register_keyholder(app, key_app)
 
@@ -293,10 +207,6 @@ def _flags(seed: int | None, data: str | None, out: str | None, state: str | Non
 
 def _absolute(path: str) -> str | None:
     return str(Path(path).expanduser().absolute()) if path else None
-
-
-def _shown(value: Any) -> str:
-    return "unset" if value is None else "''" if value == "" else str(value)
 
 
 def _fail(line: str, code: int) -> int:

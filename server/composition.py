@@ -1,14 +1,20 @@
-"""What a ledger says beside a report: which other runs were charged to its accounts, and which rounds were lost."""
+"""What runs add up to: other runs that a ledger has on a report's accounts, lost rounds, and what is claimed of all."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from privacy.ledger import TESTS, Account, Ledger
-from privacy.plan import Mechanism
+from privacy.plan import Mechanism, Plan
+from scenarios.settings import Evaluation
+from server import groups, guarantee
 
 Record = dict[str, Any]
+_CLAIM = (
+    "where steps or the end of this run were chosen by what it released; for runs whose settings were chosen by what "
+    "other runs released, such a filter would have to span all of them, and none does"
+)
 
 
 class Beside(NamedTuple):
@@ -77,3 +83,46 @@ def refusals(rows: Sequence[Record]) -> list[Record]:
     )
     ordered = sorted(times.items(), key=lambda item: (-item[1], item[0]))
     return [{"name": name, "reason": reason, "times": count} for (name, reason), count in ordered]
+
+
+def group(
+    report: Mapping[str, Any],
+    plans: Mapping[str, Plan],
+    rows: Sequence[Record],
+    evaluation: Evaluation,
+    beside: Beside,
+) -> Record:
+    """The statement's group of that name: this run, the runs beside it, and what may be claimed of all."""
+    privacy = report["privacy"]
+    no_ledger, refused = privacy["ledger"]["reason"], refusals(rows)
+    worst = guarantee.costliest(privacy["clients"])
+    plan = plans.get(worst["name"]) if worst else None
+    filled: Record = dict.fromkeys(groups.Adaptive.model_fields)
+    filled["reason"] = None if plan else "no privacy was asked for"
+    if plan:
+        filled |= {
+            "delta": plan.delta + plan.chance,
+            "budget": plan.epsilon,
+            "noise_multiplier": plan.mechanism.noise_multiplier,
+            "sampling_rate": plan.mechanism.sampling_rate,
+            "population": plan.mechanism.population,
+            "steps": plan.steps,
+            "claim": _CLAIM,
+        }
+    return {
+        "earlier_runs": beside.other_runs,
+        "earlier_runs_reason": no_ledger,
+        "epsilon_total_reason": no_ledger,
+        "budget_reason": no_ledger or "privacy.budget is unset: spending is recorded and nobody refused",
+        "left_reason": no_ledger or "there is no budget over runs",
+        "refused": refused,
+        "refused_reason": None if refused else "nobody was refused, or who was is a secret",
+        "evaluation": "nothing: the server evaluated on data of its own"
+        if evaluation.on == "server"
+        else "the clients' test results left without noise and are not covered"
+        if evaluation.epsilon is None
+        else "the clients' test results were noised and charged to accounts of their test examples",
+        "search": "settings tried in earlier runs on the same ledger are added up one by one in epsilon_total, all "
+        "others are not covered; `umbel search` and `umbel plan --trials` say what a search costs",
+        "adaptive": filled,
+    }

@@ -8,7 +8,7 @@ from typing import TypeVar
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from clients import messages
+from clients import greetings, messages
 from clients.task import Hello, KeyNode, Reply, Task
 from privacy.holder import Unreachable
 from privacy.refused import Refused
@@ -196,7 +196,7 @@ class GridFleet:
         """Say hello to new nodes and hear the answers; True if a client has come, or come back."""
         self._here = frozenset(self._grid.get_node_ids())
         new = self._here - self._greeted.keys()
-        hello = {node: Message(messages.greeting(), node, MessageType.QUERY, ttl=max(1.0, ttl)) for node in new}
+        hello = {node: Message(greetings.question(), node, MessageType.QUERY, ttl=max(1.0, ttl)) for node in new}
         self._greeted |= self._pushed(hello)
         before = dict(self._nodes)
         for node, message in self._greeted.items():
@@ -224,7 +224,7 @@ class GridFleet:
     def _welcome(self, node: int, content: RecordDict | str) -> None:
         """Take in the node that `content` is from, or note why not."""
         try:
-            hello, nodes = messages.decode_hello(_good(content))
+            hello, nodes = greetings.decode_hello(_good(content))
             self._simulated = nodes or self._simulated
             if isinstance(hello, str):
                 raise ValueError(hello)

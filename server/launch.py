@@ -16,8 +16,9 @@ from scenarios import Scenario
 from scenarios.settings import Settings
 from server import results
 from server import run as job
-from server.console import Live, summary
+from server.console import summary
 from server.embedded import EmbeddedFleet
+from server.live import Live
 from server.record import RunFolder
 
 
@@ -67,7 +68,7 @@ def prepared_job(
 ) -> Iterator[job.Job]:
     """The embedded fleet met, then its live table: what is refused at the meeting stays one line."""
     with Console(stderr=True, quiet=quiet).status("meeting the clients, calibrating noise"):
-        prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, _Silent(), stop)
+        prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, Quiet(), stop)
     with _live(scenario, settings, quiet) as progress:
         yield replace(prepared, progress=progress)
 
@@ -84,7 +85,7 @@ class Stop(click.exceptions.Exit):
 def _live(scenario: Scenario, settings: Settings, quiet: bool) -> Iterator[job.Progress]:
     """The live table, or nothing when quiet."""
     if quiet:
-        yield _Silent()
+        yield Quiet()
         return
     total = settings.rounds.number + settings.export.recover_rounds
     with Live(total, f"{scenario.name}: {scenario.summary}") as live:
@@ -110,7 +111,9 @@ def signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-class _Silent:
+class Quiet:
+    """A `Progress` that nobody watches."""
+
     def row(self, row: dict[str, Any]) -> None:
         """Says nothing."""
 

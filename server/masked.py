@@ -8,7 +8,7 @@ import numpy as np
 from clients import upload
 from clients.masking import view
 from clients.task import Hello, Protection, Reply, Task
-from privacy import masks
+from privacy import masked_sum
 from privacy.dealing import Lost
 from privacy.frames import Attempt, Rules, Stage, run_id
 from privacy.integers import Grid
@@ -57,7 +57,7 @@ class Masked:
             seen = view(tasks[0], grid)
             attempt = Attempt(run_id(self.run, rules), tasks[0].round, self.attempt, seen)
             identities = {task.client: bytes.fromhex(roster[task.client].identity) for task in tasks}
-            server = masks.Server(attempt, rules, identities, list(identities))
+            server = masked_sum.Server(attempt, rules, identities, list(identities))
             while (requests := server.ask()) and server.stage is not Stage.MASK:
                 gone |= self._stage(server, ask, tasks, requests, grid)
         except Lost as error:
@@ -98,7 +98,7 @@ class Masked:
             raise Lost(f"{error}: one of them lied") from None
 
     def _stage(
-        self, server: masks.Server, ask: Ask, tasks: Sequence[Task], requests: Mapping[str, bytes], grid: Grid
+        self, server: masked_sum.Server, ask: Ask, tasks: Sequence[Task], requests: Mapping[str, bytes], grid: Grid
     ) -> dict[str, Reply]:
         """Send a stage's requests and hear the answers; what those said who gave none, or a bad one, with the reason.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from privacy.refused import Refused
+from server.options import Data, ScenarioName, Seed, State
 
 if TYPE_CHECKING:
     from scenarios import Scenario
@@ -20,13 +21,7 @@ if TYPE_CHECKING:
     from server.planner import Answer
     from server.search_costs import Sought
 
-ScenarioName = Annotated[
-    str, typer.Argument(metavar="SCENARIO", help="A name of `umbel scenarios`, a file.py, or a module.name.")
-]
 Set = Annotated[str, typer.Option("--set", help='Settings by name, as in "local.batch=32 privacy.unit=client".')]
-Seed = Annotated[int | None, typer.Option(help="Seed of split, partition, initialization and cohorts (run.seed).")]
-Data = Annotated[str | None, typer.Option(help="Folder of data sets that are not bundled, else UMBEL_DATA (run.data).")]
-State = Annotated[str | None, typer.Option(help="Folder of the privacy ledgers, else UMBEL_STATE (run.state).")]
 Candidates = Annotated[str, typer.Option(help='Settings to try, as in "privacy.clip=0.2 | privacy.clip=0.5".')]
 Law = Annotated[str, typer.Option(help="How a secret number of trials is drawn: poisson, geometric, logarithmic.")]
 

@@ -18,10 +18,6 @@ from server.state import Row
 from server.wording import Wording, hidden, wording
 
 Group = dict[str, Any]
-_CLAIM = (
-    "where steps or the end of this run were chosen by what it released; for runs whose settings were chosen by what "
-    "other runs released, such a filter would have to span all of them, and none does"
-)
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ def stated(report: Mapping[str, Any], told: Told) -> dict[str, Any]:
             "chance": max(((plan.whole or plan).chance for plan in told.plans.values()), default=None),
         },
         "epsilon": _accountant(report),
-        "composition": _composition(report, told, beside),
+        "composition": composition.group(report, told.plans, told.rows, told.settings.evaluation, beside),
         "not_covered": {"items": report["privacy"]["not_covered"] or ["anything: no privacy was asked for"]},
         "post_processing": outcome.post_processing(report, told.folder),
         "audit": outcome.audit(told.folder),
@@ -242,40 +238,4 @@ def _accountant(report: Mapping[str, Any]) -> Group:
         "gdp_mu_reason": None if gaussian else drawn,
         "curve_accountant": guarantee.CURVE_ACCOUNTANT if clients else None,
         "adversaries": guarantee.adversaries(report),
-    }
-
-
-def _composition(report: Mapping[str, Any], told: Told, beside: composition.Beside) -> Group:
-    privacy, evaluation = report["privacy"], told.settings.evaluation
-    no_ledger, refused = privacy["ledger"]["reason"], composition.refusals(told.rows)
-    worst = guarantee.costliest(privacy["clients"])
-    plan = told.plans.get(worst["name"]) if worst else None
-    filled: Group = dict.fromkeys(groups.Adaptive.model_fields)
-    filled["reason"] = None if plan else "no privacy was asked for"
-    if plan:
-        filled |= {
-            "delta": plan.delta + plan.chance,
-            "budget": plan.epsilon,
-            "noise_multiplier": plan.mechanism.noise_multiplier,
-            "sampling_rate": plan.mechanism.sampling_rate,
-            "population": plan.mechanism.population,
-            "steps": plan.steps,
-            "claim": _CLAIM,
-        }
-    return {
-        "earlier_runs": beside.other_runs,
-        "earlier_runs_reason": no_ledger,
-        "epsilon_total_reason": no_ledger,
-        "budget_reason": no_ledger or "privacy.budget is unset: spending is recorded and nobody refused",
-        "left_reason": no_ledger or "there is no budget over runs",
-        "refused": refused,
-        "refused_reason": None if refused else "nobody was refused, or who was is a secret",
-        "evaluation": "nothing: the server evaluated on data of its own"
-        if evaluation.on == "server"
-        else "the clients' test results left without noise and are not covered"
-        if evaluation.epsilon is None
-        else "the clients' test results were noised and charged to accounts of their test examples",
-        "search": "settings tried in earlier runs on the same ledger are added up one by one in epsilon_total, all "
-        "others are not covered; `umbel search` and `umbel plan --trials` say what a search costs",
-        "adaptive": filled,
     }

@@ -11,7 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
 
 from clients import app as client_app
-from clients import encrypting, masking, messages, training
+from clients import encrypting, greetings, masking, messages, training
 from clients.app import app
 from clients.task import Charge, Hello, KeyNode, Protection, Task
 from privacy import bfv, holder
@@ -68,7 +68,7 @@ def ask(kind: str, content: RecordDict, context: Context) -> RecordDict:
 
 
 def hello(context: Context) -> Hello | KeyNode | str:
-    return messages.decode_hello(ask("query", messages.greeting(), context))[0]
+    return greetings.decode_hello(ask("query", greetings.question(), context))[0]
 
 
 def a_task(client: str, scenario: str = "digits") -> Task:

@@ -11,7 +11,7 @@ import pytest
 from clients import masking, upload
 from clients.masking import Member
 from clients.task import Protection, Task
-from privacy import masks
+from privacy import masked_sum
 from privacy.frames import Attempt, Rules, Stage, run_id
 from privacy.integers import Grid
 from privacy.refused import Refused
@@ -117,10 +117,10 @@ class Round:
         assert made is not None
         return made
 
-    def attempt(self, number: int) -> masks.Server:
+    def attempt(self, number: int) -> masked_sum.Server:
         seen = masking.view(self.task, self.grid())
         self.requests: Mapping[str, bytes] = {}
-        return masks.Server(Attempt(run_id("r", self.rules), 1, number, seen), self.rules, self.peers, NAMES)
+        return masked_sum.Server(Attempt(run_id("r", self.rules), 1, number, seen), self.rules, self.peers, NAMES)
 
     def values(self, name: str) -> np.ndarray:
         return np.full(self.rules.entries, 1 + NAMES.index(name), np.uint64)

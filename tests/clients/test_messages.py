@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients import messages
+from clients import greetings, messages
 from clients.task import Charge, Device, Hello, Protection, Reply, Task
 from privacy.chain import Head
 from privacy.noise_shares import Shares
@@ -96,7 +96,7 @@ def test_a_hello_survives_the_journey(
 ) -> None:
     identity = "5e" * 32 if known else ""
     hello = Hello(name, count, "ab" * 32, Device(number, number, number, count, share), head, seen, identity)
-    assert messages.decode_hello(travelled(messages.encode_hello(hello, nodes))) == (hello, nodes)
+    assert greetings.decode_hello(travelled(greetings.encode_hello(hello, nodes))) == (hello, nodes)
 
 
 def test_tasks_of_one_round_share_one_record_of_arrays() -> None:
@@ -112,7 +112,7 @@ def test_a_reason_arrives_printable_and_short() -> None:
     reason = messages.decode_reply(travelled(messages.encode_reply(long)), task).reason
     assert reason.startswith("bad?[31m?")
     assert len(reason) == 200
-    refusal, nodes = messages.decode_hello(messages.encode_refusal("no data\r\nhere", nodes=4))
+    refusal, nodes = greetings.decode_hello(greetings.encode_refusal("no data\r\nhere", nodes=4))
     assert (refusal, nodes) == ("no data??here", 4)
 
 
@@ -251,7 +251,7 @@ REPLY_LIES: dict[str, Callable[[RecordDict], RecordDict]] = {
     "a head that is no digest": lambda r: fields(r, node_digest="no", node_sequence=1),
     "a head without a digest": lambda r: fields(r, node_sequence=1),
     "a task's record": lambda r: messages.encode_task(a_task()),
-    "a hello's record": lambda r: messages.encode_hello(Hello("client-1", 1, "ab")),
+    "a hello's record": lambda r: greetings.encode_hello(Hello("client-1", 1, "ab")),
 }
 
 
@@ -295,7 +295,7 @@ def test_a_reply_that_was_tampered_with_is_refused(lie: str) -> None:
 )
 def test_a_hello_that_was_tampered_with_is_refused(lie: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r".{10,}"):
-        messages.decode_hello(fields(messages.encode_hello(Hello("client-1", 1, "ab")), **lie))
+        greetings.decode_hello(fields(greetings.encode_hello(Hello("client-1", 1, "ab")), **lie))
 
 
 @given(st.data())

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,6 +17,7 @@ from scenarios import load
 from scenarios.settings import Settings, override
 from server import flower, run
 from server.embedded import EmbeddedFleet
+from server.launch import Quiet
 from server.record import RunFolder
 from server.superlink import COMMANDS, environment
 
@@ -25,14 +25,6 @@ SMALL = (
     "fleet.clients=3 rounds.number=2 rounds.average=1 export.recover_rounds=0 export.prune=0 fleet.wait=60 "
     "reference.no_privacy=false privacy.noise_seed=1 protect=encrypted"
 )
-
-
-class Quiet:
-    def row(self, row: dict[str, Any]) -> None:
-        pass
-
-    def status(self, text: str) -> None:
-        pass
 
 
 @dataclass

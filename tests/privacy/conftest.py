@@ -19,7 +19,8 @@ from privacy.frames import Attempt, Rules, Stage
 from privacy.holder import Deal
 from privacy.key_letter import ClientKeys
 from privacy.keyholder import KeyHolder
-from privacy.masks import Client, Server, Sum
+from privacy.masked_sum import Server, Sum
+from privacy.masks import Client
 from privacy.packing import Integers
 from privacy.transcript import Store
 

@@ -14,7 +14,7 @@ from privacy import agreement, dealing, frames, pads, roster, shares
 from privacy.agreement import Sharers
 from privacy.dealing import Lost
 from privacy.frames import HEADER, SIGNATURE, Attempt, Rules, Stage
-from privacy.masks import Server, Sum
+from privacy.masked_sum import Server, Sum
 from privacy.neighbours import Degree, Graph, graph
 from privacy.transcript import Transcript
 

@@ -16,6 +16,7 @@ from scenarios import Examples, Federation, Scenario, load
 from scenarios.settings import Settings, knobs, override
 from server import run as job
 from server.embedded import EmbeddedFleet
+from server.launch import Quiet
 from server.record import RunFolder
 
 WriteRun = Callable[..., Path]
@@ -56,14 +57,6 @@ def real_scenario() -> Scenario:
     return Scenario("made", override(Settings(), base), net, lambda _: federation, name="made")
 
 
-class _Nobody:
-    def row(self, row: dict[str, Any]) -> None:
-        pass
-
-    def status(self, text: str) -> None:
-        pass
-
-
 def _run_real(path: Path, text: str, stop_after: int = 99, lose: int = 0) -> dict[str, Any]:
     """Begin the run in `path` or go on with it; raises Stopped after round `stop_after`.
 
@@ -76,10 +69,10 @@ def _run_real(path: Path, text: str, stop_after: int = 99, lose: int = 0) -> dic
         def stop() -> bool:
             return len(folder.rows()) == stop_after
 
-        prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, _Nobody(), stop)
+        prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, Quiet(), stop)
         if lose:
             prepared.accounts.reserve(lose, {name: costs[0].steps for name, costs in prepared.accounts.asks.items()})
-            prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, _Nobody(), stop)
+            prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, Quiet(), stop)
         return job.run(prepared)
 
 

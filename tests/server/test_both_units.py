@@ -23,6 +23,7 @@ from scenarios.weights import flatten, layout
 from server import budget, score, select
 from server import run as job
 from server.embedded import EmbeddedFleet
+from server.launch import Quiet
 from server.record import RunFolder
 from server.state import Spent, first_state
 
@@ -45,14 +46,6 @@ def made() -> Scenario:
     return Scenario(
         "made", override(Settings(), BASE), {"net": lambda: nn.Linear(5, 2)}, lambda _: federation, name="made"
     )
-
-
-class Quiet:
-    def row(self, row: dict[str, Any]) -> None:
-        pass
-
-    def status(self, text: str) -> None:
-        pass
 
 
 def run(path: Path, text: str = "", stop_after: int = 99) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from scenarios.settings import Settings, override
 from server import budget, rounds
 from server import run as job
 from server.embedded import EmbeddedFleet
+from server.launch import Quiet
 from server.record import RunFolder
 from server.references import NoJournal
 from server.state import Row, Score, ServerState, first_state
@@ -262,14 +263,6 @@ def test_adaptive_clipping_moves_the_norm_that_the_next_round_sends(tmp_path: Pa
 
 
 # whole runs
-
-
-class Quiet:
-    def row(self, row: dict[str, Any]) -> None:
-        pass
-
-    def status(self, text: str) -> None:
-        pass
 
 
 def run(path: Path, text: str = "", stop_after: int = 99) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from scenarios.settings import Settings, override
 from server import budget, edge, rounds, select
 from server import run as job
 from server.embedded import EmbeddedFleet
+from server.launch import Quiet
 from server.record import RunFolder
 from server.references import NoJournal
 from server.state import Row, Score, ServerState, first_state
@@ -53,14 +54,6 @@ def made() -> Scenario:
 def _no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """Edge models take seconds and have tests of their own."""
     monkeypatch.setattr(edge.bundle, "ship", lambda *_, **__: [])
-
-
-class Quiet:
-    def row(self, row: Row) -> None:
-        pass
-
-    def status(self, text: str) -> None:
-        pass
 
 
 def prepared(folder: RunFolder, text: str, stop_after: int = 99) -> job.Job:

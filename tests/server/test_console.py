@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from server import console, results
+from server.live import Live
 
 
 def terminal(width: int, height: int = 30) -> Console:
@@ -18,7 +19,7 @@ def plain(at: Console) -> str:
     return Text.from_ansi(at.file.getvalue()).plain
 
 
-def screen(live: console.Live, width: int, height: int = 30) -> str:
+def screen(live: Live, width: int, height: int = 30) -> str:
     at = terminal(width, height)
     at.print(live._render())
     return plain(at)
@@ -33,7 +34,7 @@ def run(write_run):
 @pytest.mark.parametrize("width", [80, 130])
 def test_the_live_table_shows_each_number_whole(run, width):
     _, _, rows = run
-    with console.Live(38, "digits", terminal(width), itertools.count(0, 2).__next__) as live:
+    with Live(38, "digits", terminal(width), itertools.count(0, 2).__next__) as live:
         for row in rows[:8]:
             live.row(row)
         shown = screen(live, width)
@@ -48,7 +49,7 @@ def test_the_live_table_shows_each_number_whole(run, width):
 def test_time_left_comes_from_the_rounds_seen_so_far(run):
     _, _, rows = run
     now = [100.0]
-    with console.Live(38, "digits", terminal(100), lambda: now[0]) as live:
+    with Live(38, "digits", terminal(100), lambda: now[0]) as live:
         live.row(rows[27])  # a resumed run: the first round seen is the 28th
         now[0] = 104.0
         assert "28 of 38 rounds · 4.0 s · about 40.0 s left" in screen(live, 100)
@@ -56,7 +57,7 @@ def test_time_left_comes_from_the_rounds_seen_so_far(run):
 
 def test_a_small_terminal_shows_the_last_rounds(run):
     _, _, rows = run
-    with console.Live(38, "digits", terminal(100, 10)) as live:
+    with Live(38, "digits", terminal(100, 10)) as live:
         for row in rows[:20]:
             live.row(row)
         live._console = terminal(100, 10)
@@ -67,7 +68,7 @@ def test_a_small_terminal_shows_the_last_rounds(run):
 
 def test_status_is_shown_until_the_next_round(run):
     _, _, rows = run
-    with console.Live(38, "digits", terminal(100)) as live:
+    with Live(38, "digits", terminal(100)) as live:
         live.status("training the central reference")
         assert "training the central reference" in screen(live, 100)
         live.row(rows[0])
@@ -77,7 +78,7 @@ def test_status_is_shown_until_the_next_round(run):
 def test_where_stderr_is_no_terminal_each_round_is_one_plain_line(run):
     _, _, rows = run
     file = io.StringIO()
-    with console.Live(38, "digits", Console(file=file, width=40, highlight=False)) as live:
+    with Live(38, "digits", Console(file=file, width=40, highlight=False)) as live:
         live.row(rows[0])
         live.row(rows[10])
         live.status("exporting")
@@ -93,7 +94,7 @@ def test_the_cursor_comes_back_when_the_run_fails():
     at = terminal(80)
 
     def fail() -> None:
-        with console.Live(38, "digits", at):
+        with Live(38, "digits", at):
             assert "\x1b[?25l" in at.file.getvalue()
             assert "\x1b[?25h" not in at.file.getvalue()
             raise KeyboardInterrupt
@@ -144,7 +145,7 @@ def test_a_summary_without_privacy_or_edge_model_gives_the_reasons(write_run):
 
 def test_the_summary_goes_to_stdout_and_the_live_table_to_stderr(run, capsys):
     folder, report, rows = run
-    with console.Live(38, "digits") as live:
+    with Live(38, "digits") as live:
         live.row(rows[0])
     between = capsys.readouterr()
     console.summary(report, folder)

@@ -34,6 +34,7 @@ from server import run as job
 from server.combine import Summed
 from server.embedded import EmbeddedFleet
 from server.encrypted import Encrypted
+from server.launch import Quiet
 from server.record import RunFolder
 from server.references import NoJournal
 from server.state import Row, Score, ServerState, first_state
@@ -492,14 +493,6 @@ def test_a_round_that_was_opened_for_another_model_is_lost(site: Any) -> None:
     _, heard = here.federate(here.gathered(2), state=replace(start, weights=start.weights * 2))
     assert not heard.rows[0]["applied"]
     assert "opened before, for another model" in heard.rows[0]["reason"]
-
-
-class Quiet:
-    def row(self, row: Row) -> None:
-        pass
-
-    def status(self, text: str) -> None:
-        pass
 
 
 def run(path: Path, text: str, stop_after: int = 99) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from clients import messages
+from clients import greetings, messages
 from clients.task import Hello, KeyNode, Reply, Task
 from privacy.holder import Unreachable
 from privacy.refused import Refused
@@ -85,7 +85,7 @@ def client(
 
     def behave(message: Message) -> Message | Exception | None:
         if message.metadata.message_type == "query":
-            return Message(messages.encode_hello(Hello(name, 5, digest, identity=identity), nodes), reply_to=message)
+            return Message(greetings.encode_hello(Hello(name, 5, digest, identity=identity), nodes), reply_to=message)
         if work is not None:
             return work(message)
         task = messages.decode_task(message.content)
@@ -145,7 +145,7 @@ def key_holder(said: bytes | None = b"sum", keyholder: str = "ab" * 32) -> Behav
 
     def behave(message: Message) -> Message | None:
         if message.metadata.message_type == "query":
-            return Message(messages.encode_key_node(KeyNode(keyholder)), reply_to=message)
+            return Message(greetings.encode_key_node(KeyNode(keyholder)), reply_to=message)
         assert message.metadata.message_type == "query.keyholder"
         asked = messages.decode_bytes(message.content)
         return None if said is None else Message(messages.encode_bytes(asked + said), reply_to=message)
@@ -322,7 +322,7 @@ def test_too_few_simulated_nodes_are_refused_at_once() -> None:
 
 def test_a_node_that_cannot_take_part_says_why_at_once_when_all_have_spoken() -> None:
     def without_data(message: Message) -> Message:
-        return Message(messages.encode_refusal("there is no data set heart here"), reply_to=message)
+        return Message(greetings.encode_refusal("there is no data set heart here"), reply_to=message)
 
     some = GridFleet(FakeGrid({1: client("a"), 2: without_data}), "ab", number=2, wait=60)
     with pytest.raises(Refused, match="missing b; a node cannot take part: there is no data set heart here"):
@@ -337,7 +337,7 @@ def test_a_client_that_nobody_expects_does_not_take_part() -> None:
 
 def test_more_nodes_than_clients_do_no_harm() -> None:
     def too_many(message: Message) -> Message:
-        return Message(messages.encode_refusal("one too many", nodes=3), reply_to=message)
+        return Message(greetings.encode_refusal("one too many", nodes=3), reply_to=message)
 
     some = GridFleet(FakeGrid({1: too_many, 2: client("a", nodes=3), 3: client("b", nodes=3)}), "ab", 2, wait=60)
     assert list(some.hello()) == ["a", "b"]

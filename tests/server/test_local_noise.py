@@ -21,6 +21,7 @@ from scenarios.settings import Settings, override
 from server import edge
 from server import run as job
 from server.embedded import EmbeddedFleet
+from server.launch import Quiet
 from server.record import RunFolder
 
 SIZES = {f"site-{i:02}": 5 + i for i in range(12)}
@@ -51,14 +52,6 @@ def made(scale: float = 1.0) -> Scenario:
 def _no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """Edge models take seconds and have tests of their own."""
     monkeypatch.setattr(edge.bundle, "ship", lambda *_, **__: [])
-
-
-class Quiet:
-    def row(self, row: dict[str, Any]) -> None:
-        pass
-
-    def status(self, text: str) -> None:
-        pass
 
 
 def prepared(folder: RunFolder, text: str, stop_after: int = 99) -> job.Job:

@@ -20,6 +20,7 @@ from scenarios.settings import Settings, override
 from server import plan_facts, planner, purses
 from server import run as job
 from server.embedded import EmbeddedFleet
+from server.launch import Quiet
 from server.planner import Answer
 from server.record import RunFolder
 
@@ -41,12 +42,6 @@ def made(text: str = "", client: Any = None) -> tuple[Scenario, Settings]:
     born = override(Settings(), BASE)
     scenario = Scenario("made", born, {"net": lambda: nn.Linear(6, 2)}, lambda _: fleet, name="made")
     return scenario, override(born, text)
-
-
-class Quiet:
-    def row(self, row: dict[str, Any]) -> None: ...
-
-    def status(self, text: str) -> None: ...
 
 
 def run(path: Path, scenario: Scenario, settings: Settings) -> dict[str, Any]:

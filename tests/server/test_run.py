@@ -17,6 +17,7 @@ from scenarios import Examples, Federation, Scenario
 from scenarios.settings import Settings, override
 from server import run as job
 from server.embedded import EmbeddedFleet
+from server.launch import Quiet
 from server.record import RunFolder
 
 BASE = (
@@ -44,14 +45,6 @@ def federation_of(client: Callable[[str], Examples] | None = None, test: bool = 
         made_examples(2, 60) if test else None,
         lambda name: made_examples(ord(name) + 10, 20 if name == "a" else 40),
     )
-
-
-class Quiet:
-    def row(self, row: dict[str, Any]) -> None:
-        pass
-
-    def status(self, text: str) -> None:
-        pass
 
 
 def run(path: Path, scenario: Scenario, text: str = "", again: bool = False) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from scenarios.settings import Settings, override
 from scenarios.weights import Vector
 from server import budget, edge, pairs, run
 from server.embedded import EmbeddedFleet
+from server.launch import Quiet
 from server.record import RunFolder
 from server.references import NoJournal
 from server.rounds import rounds
@@ -259,12 +260,6 @@ def test_what_scaffold_cannot_be_paired_with_is_refused_in_one_line_with_the_way
     assert "set " in str(caught.value)
 
 
-class Silent:
-    def row(self, row: Row) -> None: ...
-
-    def status(self, text: str) -> None: ...
-
-
 def test_a_private_run_with_pruning_and_recovery_goes_through_to_its_report(tmp_path: Path) -> None:
     scenario = load_scenario("digits")
     text = (
@@ -273,7 +268,7 @@ def test_a_private_run_with_pruning_and_recovery_goes_through_to_its_report(tmp_
     )
     settings = override(scenario.settings, f"{text} {SCAFFOLD}")
     with RunFolder.create(tmp_path / "run", "digits", settings) as folder:
-        found = run.run(run.prepare(scenario, settings, folder, EmbeddedFleet, Silent()))
+        found = run.run(run.prepare(scenario, settings, folder, EmbeddedFleet, Quiet()))
         rows, state = folder.rows(), folder.committed()
     assert [row["rejected"] for row in rows] == [[]] * 6
     assert all(row["applied"] for row in rows)
