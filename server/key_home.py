@@ -114,6 +114,12 @@ def _beside(
     known, least = encrypting.simulated(folder.states, roster), select.least_summed(len(roster), settings)
     told, seeded = asdict(noise) if noise else None, settings.privacy.noise_seed is not None
     holder = Process(keys, known, select.cohort_size(len(roster), settings), least, told, seeded)
-    folder.at_close(holder.close)
+
+    def let_go() -> None:
+        holder.close()
+        for key in keys.glob("*/key") if folder.finished else ():  # an export that opens more sums has new ones dealt
+            key.unlink()
+
+    folder.at_close(let_go)
     encrypting.introduce(folder.states, holder.identity)
     return holder

@@ -661,13 +661,23 @@ def test_a_run_goes_on_with_its_key_holder_and_leaves_no_secret_in_its_folder(tm
     assert [path.read_bytes() for path in (tmp_path / "state").rglob("key")] == [keys]
     report = run(tmp_path / "run", "")
     assert report["protect"]["mode"] == "encrypted"
-    assert [path.read_bytes() for path in (tmp_path / "state").rglob("key")] == [keys]
+    assert not list((tmp_path / "state" / "keyholder").rglob("key"))  # the run is over, and so is its key
     written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
     for secret in (json.loads(keys)["secret"], json.loads(keys)["weight_secret"]):
         assert not any(secret.encode() in each or base64.b64decode(secret) in each for each in written)
     rows = RunFolder.open(tmp_path / "run")
     assert [row["applied"] for row in rows.rows()] == [True, True]
     rows.close()
+
+
+def test_an_export_after_the_end_of_a_run_opens_its_sums_under_new_keys(tmp_path: Path) -> None:
+    run(tmp_path / "run", "export.prune=0.5")
+    scenario = made(f"protect=encrypted run.state={tmp_path / 'state'} export.prune=0.5 export.recover_rounds=2")
+    with RunFolder.open(tmp_path / "run") as folder:
+        job.export(job.prepare(scenario, scenario.settings, folder, EmbeddedFleet, Quiet()))
+        assert [(row["phase"], row["applied"]) for row in folder.rows()[2:]] == [("recover", True)] * 2
+        assert len(list((tmp_path / "state" / "keyholder").rglob("key"))) == 2  # of the whole model, and of the pruned
+    assert not list((tmp_path / "state" / "keyholder").rglob("key"))
 
 
 # ---- refusals ----
