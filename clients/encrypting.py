@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from clients.masking import view
+from clients.masking import hold_to, view
 from clients.task import Task
 from privacy import bfv, durable, holder, key_letter
 from privacy.bfv import Parameters
@@ -55,9 +55,9 @@ def parameters(grid: Grid, wanted: Protect) -> Parameters:
     return bfv.fit(wanted.trust, grid.entries, grid.width, wanted.max_clients)
 
 
-def shown(task: Task, grid: Grid, attempt: int) -> Shown:
+def shown(task: Task, grid: Grid, attempt: int, minimum: int) -> Shown:
     """What every client of a round is shown alike: a sum over clients that saw different is not opened."""
-    return Shown(grid, view(task, grid), attempt)
+    return Shown(grid, view(task, grid), attempt, minimum)
 
 
 def request(attempt: int, letter: bytes, public: bytes) -> bytes:
@@ -78,6 +78,7 @@ class Member:
         """values (P + 2,) -> the envelope for the server. Raises Refused for what an honest server does not ask."""
         if (asked := task.protection) is None:
             raise Refused("the task is without the protection that this node's settings ask for")
+        hold_to(asked.minimum, self.wanted)
         try:
             said, (letter, public) = holder.unpack(asked.request)
             attempt = said["attempt"]
@@ -89,7 +90,7 @@ class Member:
         identity, private = Ed25519PublicKey.from_public_bytes(self.holder), recipient(self.states, task.client)
         keys = key_letter.read(letter, public, asked.run, task.client, ROUNDS, made, identity, private)
         self._once(task, asked.run, attempt)
-        return Protector(keys).protect(task.round, values, shown(task, grid, attempt).hash)
+        return Protector(keys).protect(task.round, values, shown(task, grid, attempt, asked.minimum).hash)
 
     def _once(self, task: Task, run: str, attempt: int) -> None:
         """Note down, before it is done, that this round of this attempt is answered. Raises Refused for a second time.

@@ -106,6 +106,13 @@ def view(task: Task, grid: Grid) -> bytes:
     return hashed.digest()
 
 
+def hold_to(minimum: int, wanted: Protect) -> None:
+    """Refuse a server that would read a sum of fewer clients, or of others, than this node's settings say."""
+    if minimum < LEAST or (wanted.minimum or minimum) != minimum:
+        least = wanted.minimum or LEAST
+        raise Refused(f"the server would open a sum of {minimum} clients, this node's least is {least}")
+
+
 @dataclass(frozen=True)
 class Member:
     """A client of a masked sum. It remembers nothing: what it needs between two messages is on its disk."""
@@ -124,9 +131,7 @@ class Member:
         """
         if (asked := task.protection) is None:
             raise Refused("the task is without the protection that this node's settings ask for")
-        if asked.minimum < LEAST or (self.wanted.minimum or asked.minimum) != asked.minimum:
-            least = self.wanted.minimum or LEAST
-            raise Refused(f"the server would open a sum of {asked.minimum} clients, this node's least is {least}")
+        hold_to(asked.minimum, self.wanted)
         try:
             if grid is None:
                 raise ValueError("nothing is masked but integers")

@@ -69,11 +69,13 @@ class Shown:
     """The hash of the rest: the model, above all."""
     attempt: int
     """The server's, so that what a client made for an earlier one fits no aggregate of this one."""
+    minimum: int
+    """Fewest clients in the sum, as they were told: where each adds a share of the noise, it is a share for so many."""
 
     @property
     def hash(self) -> bytes:
         """What goes into the tags: the noise on a sum is for the very grid that its clients rounded and clipped by."""
-        said = repr([asdict(self.grid), self.view, self.attempt])
+        said = repr([asdict(self.grid), self.view, self.attempt, self.minimum])
         return hashlib.sha256(b"umbel shown" + said.encode()).digest()
 
 
@@ -112,7 +114,7 @@ class Remote:
         self, run: str, round: int, roster: Sequence[str], shown: Shown, aggregate: bytes, seed: int | None = None
     ) -> Opened:
         asked = {"do": "open", "run": run, "round": round, "roster": list(roster)}
-        asked |= {"grid": asdict(shown.grid), "attempt": shown.attempt, "seed": seed}
+        asked |= {"grid": asdict(shown.grid), "attempt": shown.attempt, "minimum": shown.minimum, "seed": seed}
         said, parts = self._ask(asked, shown.view, aggregate)
         if not isinstance(said.get("roster"), list) or len(parts) != 2:
             raise Unreachable("the key holder published what is no sum")
@@ -145,7 +147,8 @@ def answer(holder: "KeyHolder", request: bytes, noise: "CohortNoise | None" = No
             case {"do": "open", "run": str(run), "round": int(round), "roster": list(roster)}, [view, aggregate]:
                 if not all(isinstance(name, str) for name in roster):
                     raise ValueError("a roster of other things than names")
-                shown = Shown(Grid(**asked["grid"]), view, asked["attempt"])
+                shown = Shown(Grid(**asked["grid"]), view, asked["attempt"], asked["minimum"])
+                _hold_to(shown, len(roster), noise)
                 publish = _noised(noise, shown.grid, asked["seed"] if seeded else None) if noise else None
                 holder.open(run, round, roster, aggregate, publish, shown.hash)
                 opened = holder.opened(run, round)
@@ -158,6 +161,16 @@ def answer(holder: "KeyHolder", request: bytes, noise: "CohortNoise | None" = No
         return pack({"refused": f"the key holder was asked for what it cannot read: {error}"})
     except Exception as error:  # a full disk, for one; its text may name what others need not know
         return pack({"refused": f"the key holder failed with {type(error).__name__}"})
+
+
+def _hold_to(shown: Shown, clients: int, noise: "CohortNoise | None") -> None:
+    """Refuse a sum over fewer than its clients were told, whose shares of the noise are too little, and noise twice."""
+    if type(shown.minimum) is not int:
+        raise ValueError("a minimum that is no number")
+    if clients < shown.minimum:
+        raise Refused(f"a sum over {clients} clients stays closed: its clients were told of {shown.minimum} at least")
+    if noise and shown.grid.noise:
+        raise Refused("the clients noised their integers (privacy.noise=shares): start `umbel keyholder` without noise")
 
 
 def _noised(noise: "CohortNoise", grid: Grid, seed: int | None) -> "Publish":

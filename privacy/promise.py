@@ -81,14 +81,16 @@ PROMISES["both"] = Promise(
 )
 
 
-def promise(unit: str, sampling: str = "poisson", bands: int = 1, honest: int = 0, hidden: bool = False) -> Promise:
+def promise(
+    unit: str, sampling: str = "poisson", bands: int = 1, honest: int = 0, mode: str = "none", trust: str = "split"
+) -> Promise:
     """The promise of these settings (privacy.unit, privacy.sampling, privacy.bands).
 
-    honest: where noise comes in shares, the fewest honest clients in a sum. hidden: updates are, but for their sum.
+    honest: where noise comes in shares, the fewest honest clients in a sum; mode, trust: protect.mode, protect.trust.
     """
     made = PROMISES[unit]
     if honest:
-        return _shared(honest, hidden)
+        return _shared(honest, mode, trust)
     if unit == "client" and sampling == "fixed":
         adjacency = "replace all examples of one client by any others; how many clients there are is public"
         return replace(made, adjacency=adjacency)
@@ -139,22 +141,34 @@ def summed(made: Promise, unit: str, mode: str, trust: str, drawn: bool) -> Prom
     return replace(made, against=against, not_covered=listed)
 
 
-def _shared(honest: int, hidden: bool) -> Promise:
+def _shared(honest: int, mode: str, trust: str) -> Promise:
     """privacy.unit=client with privacy.noise=shares (privacy/noise_shares.py)."""
     condition = (
         f"as long as at least {honest} of the clients in every sum are honest, whatever the others pool of what they "
         "know"
     )
-    server = f"the server, which learns sums alone, {condition}"
-    trusted = "not the server, which reads single updates, each with a share of the noise alone"
-    bare = "the server: it sees the update of each client with that client's own share of the noise, and who took part"
+    single = "the update of each client with that client's own share of the noise"
+    match mode, trust:
+        case "none", _:
+            whom = f", {condition}; not the server, which reads single updates, each with a share of the noise alone"
+            bare = [f"the server: it sees {single}, and who took part"]
+        case "encrypted", "split":
+            whom = f", and the server and the key holder, which learn sums alone, {condition}, and they do not collude"
+            bare = [f"the server together with the key holder: the two can read {single}"]
+        case "encrypted", _:
+            keyed = "neither a client nor the key holder, who all have the secret key,"
+            whom = f", and the server, which learn sums alone, {condition}, and {keyed} colludes with the server or is "
+            whom += "given what clients send"
+            pair = "the server, or who records what clients send, together with any one client or the key holder"
+            bare = [f"{pair}: the two can read {single}"]
+        case _:
+            whom, bare = f", and the server, which learns sums alone, {condition}", []
     return Promise(
         "a client's update is there, or zeros in its place; who the clients are and who takes part is public",
-        "readers of the model and of this report, and other clients"
-        + (f", and {server}" if hidden else f", {condition}; {trusted}"),
+        f"readers of the model and of this report, and other clients{whom}",
         _CLIENTS,
         (
-            *([] if hidden else [bare]),
+            *bare,
             "who took part in which round, when, for how long and with how many bytes, and an error on a client",
             "the names of the clients, how many they are, and the number of examples of each",
             _SCENARIO[0],

@@ -107,7 +107,8 @@ class Privacy(Section):
     )
     noise: Literal["server", "shares"] = Field(
         "server",
-        description="client: the server adds the noise to the sum, or each client a share of it to its own integers",
+        description="client: noise of the server on the sum (of the key holder, if encrypted), or a share of each "
+        "client on its own integers",
     )
     colluding: int = Field(
         1, ge=0, description="shares: clients in a sum that may pool what they know; the others' noise suffices"
@@ -143,7 +144,9 @@ class Protect(Section):
         "clients that cancel; encrypted, under a key that it has not. Also written protect=MODE",
     )
     trust: Literal["split", "shared"] = Field(
-        "split", description="encrypted: who can open a sum: a key holder apart from the server, or the clients"
+        "split",
+        description="encrypted: who can open a sum: a key holder apart from the server, or the clients, who then add "
+        "the noise of privacy.unit=client themselves (privacy.noise=shares)",
     )
     bits: int = Field(16, ge=2, le=24, description="of one quantized value (protect=none: codec=intN says it)")
     range: float | None = Field(

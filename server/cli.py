@@ -89,7 +89,7 @@ def resume(
 
     with RunFolder.open(run_folder) as folder:
         name, settings = folder.settings()
-        finished = folder.read_json("report.json") is not None and (run_folder / "report.html").exists()
+        finished = folder.finished
     if finished:
         print(run_folder, "has finished already: nothing to do", file=sys.stderr)
         launch.show(run_folder, quiet)

@@ -41,7 +41,7 @@ class Encrypted:
     wanted: Protect
     holder: Holder
     noise: CohortNoise | None = None
-    """What the key holder is to put on every sum, under client-level DP."""
+    """What the key holder is to put on every sum, under client-level DP; None, too, where clients add it in shares."""
     noise_seed: int | None = None
     """privacy.noise_seed."""
     _deals: dict[Parameters, Deal] = field(default_factory=dict)
@@ -130,12 +130,13 @@ class Encrypted:
         A round that was opened before is not opened again: its answer holds where it is a sum over the same clients of
         updates to the same model, whatever the attempt.
         """
-        seen = encrypting.shown(task, grid, self.attempt)
+        seen = encrypting.shown(task, grid, self.attempt, self.minimum)
         seed = None if self.noise_seed is None else derive(self.noise_seed, "noise", task.round)
         opened = self.holder.open(run, task.round, total.roster, seen, total.seal(deal.link_key), seed)
         if opened.roster != total.roster:
             raise Closed(f"round {task.round} was opened before, for {len(opened.roster)} other clients")
-        if opened.shown not in (encrypting.shown(task, grid, one).hash for one in range(self.attempt, 0, -1)):
+        known = (encrypting.shown(task, grid, one, self.minimum).hash for one in range(self.attempt, 0, -1))
+        if opened.shown not in known:
             raise Closed(f"round {task.round} was opened before, for another model")
         return opened.published
 
@@ -161,4 +162,7 @@ class Encrypted:
 
 def _noise(fields: Mapping[str, float] | None) -> str:
     """As the options of `umbel keyholder`."""
-    return " ".join(f"--{name.replace('_', '-')} {value!r}" for name, value in (fields or {}).items()) or "no noise"
+    return (
+        " ".join(f"--{name.replace('_', '-')} {value!r}" for name, value in (fields or {}).items())
+        or "no noise of its own"
+    )

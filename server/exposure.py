@@ -51,6 +51,8 @@ def who_learns(settings: Settings, entries: int, clients: int, runtime: str) -> 
         said = list(_split(settings, minimum) if trust == "split" else _shared(settings, minimum))
     else:
         said = list(_clear(settings))
+    if settings.privacy.by_shares:
+        said.append(_shares(select.honest(clients, settings), mode, trust))
     said += [_weights(settings), _visible(settings), _lies(settings)]
     if mode != "none":
         said += [_PICKED, _CODE]
@@ -92,10 +94,11 @@ def other_clients(protect: Protect, bare: bool) -> tuple[str, bool]:
 
 
 def _clear(settings: Settings) -> Iterator[str]:
+    share = "clipped and with its client's share of the noise alone"
+    bears = share if settings.privacy.by_shares else _BEARS[settings.privacy.unit]
     yield (
         "The server reads every client's update of every round by itself, "
-        f"{_BEARS[settings.privacy.unit]}; so does whoever reads the server's memory, or its connections where they "
-        "have no TLS."
+        f"{bears}; so does whoever reads the server's memory, or its connections where they have no TLS."
     )
     if (bits := upload.bits(settings)) is not None:
         yield f"That updates travel as integers of {bits} bits (codec={settings.codec}) hides nothing: all can be read."
@@ -178,11 +181,30 @@ def _shared(settings: Settings, minimum: int) -> Iterator[str]:
 
 
 def _before(settings: Settings) -> str:
-    if not settings.privacy.by_client or settings.privacy.by_shares:
+    if not settings.privacy.by_client:
         return ""
+    if settings.privacy.by_shares:
+        return ", each of which added its share of the noise of privacy.unit=client"
     if settings.protect.mode == "encrypted":
         return f", with the noise of privacy.unit={settings.privacy.unit} on it, which the key holder adds"
     return f", before the noise of privacy.unit={settings.privacy.unit} is added"
+
+
+def _shares(honest: int, mode: str, trust: str) -> str:
+    """What noise in shares bounds, and whom it does not."""
+    whom = {
+        "none": "the server",
+        "masked": "more colluding clients than that together with the server",
+        "split": "the server and the key holder together",
+        "shared": "any single client, or the key holder, together with the server or with whoever records what "
+        "clients send",
+    }[trust if mode == "encrypted" else mode]
+    return (
+        f"A sum has the noise that its epsilon asks for if at least {honest} of its clients are honest, that is, add "
+        "their shares and keep them to themselves: whoever reads the sum alone and knows what all the others sent "
+        "learns no more than that epsilon bounds. A single update has one share, which is far less, so that no epsilon "
+        f"holds against {whom}."
+    )
 
 
 def _tries() -> str:
@@ -223,9 +245,11 @@ def _visible(settings: Settings) -> str:
 
 def _lies(settings: Settings) -> str:
     if settings.protect.mode != "none":
+        closed = ", or keep it closed, which ends the run at the third," if settings.protect.mode == "encrypted" else ""
         return (
             "Nothing prevents a client from lying. Its own program keeps it within range and norm; nobody can check "
-            "what nobody can read, so one that lies can make a round's sum anything, and nobody can say who it was."
+            f"what nobody can read, so one that lies can make a round's sum anything{closed or ','} and nobody can say "
+            "who it was."
         )
     if upload.bits(settings) is not None:
         return (

@@ -94,7 +94,7 @@ def _privacy(
     wanted = node.settings.privacy
     protect = node.settings.protect
     honest = select.honest(len(plans), node.settings) if wanted.by_shares else 0
-    made = promise(wanted.unit, wanted.sampling, wanted.bands, honest, protect.mode != "none")
+    made = promise(wanted.unit, wanted.sampling, wanted.bands, honest, protect.mode, protect.trust)
     if not honest:
         made = summed(made, wanted.unit, protect.mode, protect.trust, select.secret(node.settings))
     why_not = None

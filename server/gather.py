@@ -110,7 +110,7 @@ def told(settings: Settings, size: int, grid: Grid | None, clients: int, runtime
         "rotated": grid.rotation is not None if grid else None,
         "norm": grid.norm if grid and grid.clip else None,
         "max_clients": grid.clients if grid else None,
-        "minimum": None if mode == "none" else select.least_summed(clients, settings),
+        "minimum": select.least_summed(clients, settings) if mode != "none" or settings.privacy.by_shares else None,
         "neighbours": degree.neighbours if degree else None,
         "threshold": degree.threshold if degree else None,
         "quorum": degree.quorum if degree else None,

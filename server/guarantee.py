@@ -10,7 +10,7 @@ import numpy as np
 from privacy import accounting, certificate, renyi
 from privacy.filter import filtered
 from privacy.plan import Mechanism
-from server.wording import OTHER_CLIENT, REPORT_READER, SERVER, UNITS, beside, unprotected, worded
+from server.wording import OTHER_CLIENT, REPORT_READER, SERVER, UNITS, beside, shared, unprotected, worded
 
 Report = Mapping[str, Any]
 Group = dict[str, Any]
@@ -137,6 +137,7 @@ def adversaries(report: Report) -> Group:
     unit, worst, words = privacy["unit"], costliest(privacy["clients"]), worded(report)
     drawn = unit in ("client", "both") and report["settings"]["rounds.fraction"] < 1
     way = unit, protect["mode"], protect["trust"], drawn
+    by_shares = report["settings"].get("privacy.noise") == "shares"
     found: Group = {"reason": None}
     for who in (REPORT_READER, OTHER_CLIENT, SERVER):
         if worst is None:
@@ -145,12 +146,15 @@ def adversaries(report: Report) -> Group:
             why = privacy["why_not"]
         elif unit not in UNITS:
             why = f"not worked out for privacy.unit={unit}; it holds against: {privacy['against']}"
-        elif words is not None and report["settings"].get("privacy.noise") == "shares":
+        elif words is not None and by_shares:
             why = None if who in words.protects_from else words.unprotected
         else:
             why = unprotected(who, *way)
         found[who] = None if why or worst is None else worst["epsilon"]
-        told = unit in UNITS and privacy["guarantee"] and report["settings"].get("privacy.noise") != "shares"
+        if why is None and by_shares:
+            honest = protect["minimum"] - report["settings"]["privacy.colluding"]
+            why = shared(who, honest, protect["mode"], protect["trust"])
+        told = unit in UNITS and privacy["guarantee"]
         found[f"{who}_reason"] = why or (beside(who, *way) if told else None)
     return found
 

@@ -25,7 +25,10 @@ def keyholder(
     ] = None,
     cohort: Annotated[int | None, typer.Option(help="Clients that are asked a round, else all of them.")] = None,
     multiplier: Annotated[
-        float | None, typer.Option(help="privacy.unit=client: noise on every sum, in units of the norm.")
+        float | None,
+        typer.Option(
+            help="privacy.unit=client: noise on every sum, in units of the norm; not with privacy.noise=shares."
+        ),
     ] = None,
     expected: Annotated[float | None, typer.Option(help="With it: clients expected in a round.")] = None,
     quantile: Annotated[float, typer.Option(help="With it: privacy.quantile.")] = 0.5,

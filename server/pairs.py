@@ -56,8 +56,8 @@ def _shares(settings: Settings) -> None:
         raise Refused(f"privacy.noise=shares is for privacy.unit=client, not {privacy.unit}: set privacy.noise=server")
     if upload.bits(settings) is None:
         raise Refused(
-            "privacy.noise=shares noises integers whose sum alone is read: set protect=masked, or codec=int16 for "
-            "trials with a server that is trusted"
+            "privacy.noise=shares noises integers whose sum alone is read: set protect=masked or encrypted, or "
+            "codec=int16 for trials with a server that is trusted"
         )
     if settings.rounds.fraction < 1:
         raise Refused(
@@ -114,11 +114,6 @@ def _summable(settings: Settings) -> None:
         _encryptable(settings)
     way = f"protect={mode}" if mode != "none" else f"codec={settings.codec}"
     leave = "protect=none codec=float32"
-    if mode == "encrypted" and settings.privacy.by_shares:
-        raise Refused(
-            "privacy.noise=shares is for protect=masked, or the integers in the clear: under protect=encrypted the key "
-            "holder adds the noise, set privacy.noise=server"
-        )
     if settings.server.combine != "mean":
         raise Refused(
             f"server.combine={settings.server.combine} compares single updates, and with {way} only their sum is read: "
@@ -139,10 +134,11 @@ def _summable(settings: Settings) -> None:
 def _encryptable(settings: Settings) -> None:
     upload.encryption(settings, 1)
     unit = settings.privacy.unit
-    if settings.protect.trust == "shared" and settings.privacy.by_client:
+    if settings.protect.trust == "shared" and settings.privacy.by_client and not settings.privacy.by_shares:
+        way = "" if unit == "client" else "privacy.unit=client "
         raise Refused(
             f"protect.trust=shared lets every client read the sum before privacy.unit={unit} has put noise on it: set "
-            "protect.trust=split, or protect=masked"
+            f"{way}privacy.noise=shares, with which clients noise what they encrypt, or protect.trust=split"
         )
     if settings.privacy.bands > 1:
         raise Refused(

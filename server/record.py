@@ -80,6 +80,11 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its report, so that there is nothing to go on with."""
+        return all((self.path / name).exists() for name in ("report.json", "report.html"))
+
     def settings(self) -> tuple[str, Settings]:
         """(scenario, settings) the run was started with."""
         return from_toml(self.path / "settings.toml")

@@ -18,7 +18,7 @@ from scenarios.settings import Settings, knobs
 from scenarios.weights import Vector, flatten, layout, unflatten
 from server import accounts, budget, combine, edge, facts, key_home, pairs, report, select, signature, step
 from server.accounts import Accounts, Exhausted
-from server.gather import Gather, clear
+from server.gather import Gather, clear, grid
 from server.masked import Masked
 from server.publish import publish
 from server.record import RunFolder, save_named
@@ -213,12 +213,12 @@ def _gathered(
     tell: Callable[[str], None],
 ) -> Gather:
     """How sums are read; every start of the server is an attempt of its own at the rounds to come."""
-    settings = node.settings
+    settings, size = node.settings, len(flatten(node.template))
+    if settings.protect.mode == "encrypted":
+        return key_home.encrypted(fleet, runtime != "deployment", folder, roster, plans, settings, size)
+    grid(settings, plans, size, 1, settings.privacy.update_norm)  # refused now where no field has room for its noise
     if settings.protect.mode == "none":
         return clear
-    if settings.protect.mode == "encrypted":
-        size = len(flatten(node.template))
-        return key_home.encrypted(fleet, runtime != "deployment", folder, roster, plans, settings, size)
     before = folder.read_json("protect.json") or {"run": secrets.token_hex(16), "attempt": 0}
     now = {**before, "attempt": before["attempt"] + 1}
     folder.write_json("protect.json", now)

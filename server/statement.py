@@ -109,14 +109,14 @@ def _words(unit: str, why: str | None, told: Told, report: Mapping[str, Any]) ->
     words, by_whom = _wording(told), select.secret(told.settings)
     sees_update = words.server_sees if words else "each client's update, as privacy.* describes it"
     bare = words.server_before_noise if words else True
-    protect = told.settings.protect
+    protect, wanted = told.settings.protect, told.settings.privacy
     if words is None and protect.mode != "none":
         sees_update = "the exact sum of each round's updates, and no single update"
     parties = [
         ("client", "its own data and the weights of each round", False),
         ("server", sees_update + "; counts, sizes and timing of replies", bare),
         ("aggregator", "the server aggregates: what it sees", bare),
-        ("key holder", *exposure.key_holder(protect, told.settings.privacy.by_client)),
+        ("key holder", *exposure.key_holder(protect, wanted.by_client and not wanted.by_shares)),
         ("other clients", *exposure.other_clients(protect, bare)),
         ("report reader", "the model, this report and rounds.jsonl", False),
     ]

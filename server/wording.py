@@ -253,6 +253,25 @@ def beside(who: str, unit: str, mode: str, trust: str | None, drawn: bool) -> st
     return f"of an example alone; of a client as a whole none holds: {why}" if why else None
 
 
+def shared(who: str, honest: int, mode: str, trust: str | None) -> str:
+    """The condition on which the epsilon of noise in shares holds against `who`, where it does.
+
+    honest: the fewest honest clients in a sum.
+    """
+    condition = f"as long as at least {honest} of the clients in every sum are honest"
+    if mode == "masked" and who == SERVER:
+        condition += ", and no more clients collude with the server than masks bear (protect.who_learns)"
+    if mode == "encrypted" and who == SERVER:
+        condition += (
+            ", and the key holder and the server do not collude"
+            if trust == "split"
+            else ", and neither a client nor the key holder, who all have the secret key, colludes with the server"
+        )
+    if mode == "encrypted" and trust == "shared" and who == OTHER_CLIENT:
+        condition += ", and it is not given what they send, which it could open one by one"
+    return condition
+
+
 def _known(mode: str, trust: str | None, drawn: bool) -> str | None:
     """Why the promise for a client does not hold against another one."""
     if mode == "encrypted" and trust == "shared":

@@ -98,11 +98,12 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 
 
 @pytest.mark.slow
-def test_a_key_holder_among_real_nodes_gives_the_embedded_weights(fleet: Fleet, tmp_path: Path) -> None:
-    wanted = settings()
+@pytest.mark.parametrize("text", ["", "privacy.unit=client privacy.noise=shares protect.trust=shared"])
+def test_a_key_holder_among_real_nodes_gives_the_embedded_weights(fleet: Fleet, tmp_path: Path, text: str) -> None:
+    wanted = settings(text)
     with RunFolder.create(tmp_path / "run", "digits", wanted) as folder:
         run.run(run.prepare(load("digits"), wanted, folder, EmbeddedFleet, Quiet()))
-    out = fleet.run("run", wanted)
+    out = fleet.run(wanted.privacy.noise, wanted)
     assert (out / "weights.safetensors").read_bytes() == (tmp_path / "run" / "weights.safetensors").read_bytes()
     rows = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
     assert [(row["applied"], row["replies"]) for row in rows] == [(True, 3), (True, 3)]

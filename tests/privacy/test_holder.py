@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from privacy import bfv, holder
 from privacy.child import Child
 from privacy.holder import Remote, Unreachable
+from privacy.integers import Grid
 from privacy.keyholder_process import Process
 from privacy.refused import Refused
 
@@ -40,16 +42,18 @@ def test_bytes_that_are_no_message_are_a_value_error_alone(data: bytes) -> None:
 def test_a_key_holder_answers_whatever_it_is_asked_and_opens_nothing_by_it(gather: Gather) -> None:
     cohort, draw = gather(), random.Random(0)
     parameters = cohort.parameters.to_bytes().hex()
+    asked = {"do": "open", "run": "run", "round": 1, "roster": ["silo-0"], "grid": {}, "attempt": 1, "minimum": 3}
     good = [
         holder.pack({"do": "deal", "run": "run", "rounds": 5, "parameters": parameters}),
-        holder.pack({"do": "open", "run": "run", "round": 1, "roster": ["silo-0"], "grid": {}, "attempt": 1}, b"", b""),
+        holder.pack(asked, b"", b""),
+        holder.pack(asked | {"grid": asdict(Grid(8, 16, 1.0, 3)), "minimum": "3"}, b"", b""),
     ]
     made = [
         *(holder.pack(fields, b"x", b"y") for fields in ({}, {"do": "open"}, {"do": "deal"}, {"do": "sign"})),
         holder.pack({"do": "deal", "run": 1, "rounds": 5, "parameters": parameters}),
         holder.pack({"do": "deal", "run": "run", "rounds": 5, "parameters": "zz"}),
         holder.pack({"do": "deal", "run": "run", "rounds": 4, "parameters": parameters}),
-        good[1],
+        *good[1:],
         b"",
         (8).to_bytes(4, "little") + b"[" * 8,
         (200_000).to_bytes(4, "little") + b"[" * 200_000,

@@ -33,6 +33,7 @@ REAL = {
     "both": "privacy.unit=both privacy.client_epsilon=9 local.batch=0 evaluation.on=clients evaluation.epsilon=4",
     "local": "privacy.unit=local privacy.epsilon=30 codec=int12",
     "shares": "privacy.unit=client privacy.noise=shares privacy.epsilon=9 protect=masked",
+    "encrypted-shares": "privacy.unit=client privacy.noise=shares privacy.epsilon=9 protect=encrypted",
     "trusted-shares": "privacy.unit=client privacy.noise=shares privacy.epsilon=9 codec=int8",
     "fixed": "privacy.unit=client privacy.sampling=fixed privacy.epsilon=30 rounds.fraction=0.5",
     "turns": "privacy.unit=client privacy.bands=2 privacy.epsilon=9",

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import os
 import signal
 import subprocess
@@ -22,10 +23,12 @@ from clients import encrypting, upload
 from clients.task import Hello, Reply, Task
 from clients.training import Node
 from privacy import holder as messages
+from privacy import packing
 from privacy.cohort_noise import CohortNoise
 from privacy.holder import Remote, Unreachable
 from privacy.keyholder import KeyHolder
 from privacy.keyholder_process import Process
+from privacy.noise_shares import Shares
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario
 from scenarios.settings import Settings, override
@@ -43,6 +46,7 @@ NAMES = [f"site-{i}" for i in range(6)]
 SIZES = {name: 10 + 9 * i for i, name in enumerate(NAMES)}
 BASE = "rounds.number=2 local.batch=8 local.rate=0.5 local.steps=2 protect.max_clients=8"
 CLIENT = "privacy.unit=client privacy.epsilon=20 privacy.clip=0.2 privacy.noise_seed=4"
+SHARES = f"{CLIENT} privacy.noise=shares"
 SECRET = f"{CLIENT} rounds.fraction=0.9 privacy.sampling=fixed rounds.minimum=0"
 
 
@@ -95,7 +99,8 @@ class Site:
     def gathered(self, attempt: int = 1, exchange: Callable[[bytes], bytes] | None = None) -> Encrypted:
         settings = self.node.settings
         plans = budget.plans(EmbeddedFleet(self.node).hello(), settings)
-        noise = rounds.central_noise(plans, settings) if settings.privacy.by_client else None
+        shares = settings.privacy.by_shares  # then the clients add it
+        noise = rounds.central_noise(plans, settings) if settings.privacy.by_client and not shares else None
         answers = partial(messages.answer, self.keys, noise=noise, seeded=settings.privacy.noise_seed is not None)
         told = settings.protect, Remote(exchange or answers), noise, settings.privacy.noise_seed
         self.gathers.append(Encrypted("run", attempt, self.keys.minimum, *told))
@@ -173,6 +178,8 @@ def exact_sum(folder: Path, text: str) -> np.ndarray:
         "privacy.unit=example privacy.noise_seed=1 server.step=adam protect.bits=9 rounds.fraction=0.7",
         f"{CLIENT} privacy.adapt=true protect.bits=4",
         SECRET,
+        f"{SHARES} faults.dropout=0.2",
+        f"{SHARES} faults.dropout=0.2 protect.trust=shared protect.bits=4",
         "privacy.unit=local privacy.epsilon=50 privacy.noise_seed=1 privacy.clip=0.2",
     ],
 )
@@ -231,6 +238,139 @@ def test_a_seed_for_the_noise_is_taken_from_nobody_where_the_key_holder_was_not_
     assert (sums[0] != sums[1]).any()
 
 
+# ---- noise in shares ----
+
+
+def opened(site: Site, seen: list[bytes]) -> Encrypted:
+    """A gather of `site` that keeps in `seen` what its key holder publishes."""
+    gathered = site.gathered()
+    ask = gathered.holder._exchange
+
+    def watched(request: bytes) -> bytes:
+        said, parts = messages.unpack(answer := ask(request))
+        seen.extend(parts[1:] if "roster" in said else [])
+        return bytes(answer)
+
+    gathered.holder._exchange = watched
+    return gathered
+
+
+@pytest.mark.parametrize("trust", ["split", "shared"])
+def test_a_key_holder_adds_nothing_to_what_clients_noised(site: Any, trust: str) -> None:
+    text = f"{SHARES} protect.trust={trust} rounds.number=1"
+    here, seen = site(text), list[bytes]()
+    begin = first_state(here.node.template, here.node.settings).weights
+    state, heard = here.federate(opened(here, seen))
+    plans = budget.plans(heard.hello(), here.node.settings)
+    grid = gather.grid(here.node.settings, plans, len(begin), 1, 0.2)
+    assert grid is not None
+    total, weight, _ = grid.read(packing.unpack(seen[0], grid.entries, grid.width), len(NAMES))
+    assert (total == exact_sum(here.folder, text)).all()
+    assert weight == len(NAMES)
+    np.testing.assert_allclose(total / len(NAMES), state.weights - begin, atol=1e-6)
+
+
+@pytest.mark.parametrize(("factor", "right"), [(1, True), (4, False), (0.25, False)])
+@pytest.mark.parametrize("trust", ["split", "shared"])
+def test_the_noise_on_an_opened_sum_is_the_one_charged_and_not_another(
+    site: Any, monkeypatch: pytest.MonkeyPatch, trust: str, factor: float, right: bool
+) -> None:
+    variance = Shares.variance
+    monkeypatch.setattr(Shares, "variance", lambda self, grid: int(factor * variance(self, grid)))
+    text = f"{SHARES} privacy.noise_seed= protect.trust={trust} rounds.number=40"
+    here, seen = site(f"{text} local.rate=1e-9 privacy.colluding=0"), list[bytes]()  # noise alone
+    _, heard = here.federate(opened(here, seen))
+    assert all(row["applied"] for row in heard.rows)
+    plans = budget.plans(heard.hello(), here.node.settings)
+    grid = gather.grid(here.node.settings, plans, 130, 1, 0.2)
+    assert grid is not None
+    sums = [grid.read(packing.unpack(one, grid.entries, grid.width), len(NAMES))[0] / grid.norm for one in seen]
+    charged = next(iter(plans.values())).mechanism.noise_multiplier
+    expected = charged * math.sqrt(len(NAMES) / 3)  # 3 would do: of more clients there is more of it
+    error = 5 / math.sqrt(2 * np.size(sums))
+    assert (abs(float(np.std(sums)) / expected - 1) < error) is right
+    assert error < 0.06
+
+
+def test_too_few_encrypted_shares_open_nothing_and_the_round_stays_charged(site: Any) -> None:
+    here, seen = site(f"{SHARES} rounds.number=1"), list[bytes]()
+
+    def gone(task: Task, reply: Reply) -> Reply:
+        return Reply(task.round, task.client, reason="gone") if task.client in NAMES[2:] else reply
+
+    state, heard = here.federate(opened(here, seen), gone)
+    assert not seen
+    assert heard.rows[0]["reason"] == "no encrypted sum: 2 updates came, 3 are the least of a sum that is opened"
+    assert {name: spent.steps for name, spent in state.clients.items()} == dict.fromkeys(NAMES, 1)
+    assert (state.weights == first_state(here.node.template, here.node.settings).weights).all()
+
+
+def test_a_key_holder_that_has_noise_of_its_own_opens_no_sum_of_shares(site: Any) -> None:
+    here = site(f"{SHARES} rounds.number=1")
+    gathered = here.gathered(exchange=partial(messages.answer, here.keys, noise=CohortNoise(1.0, 6.0)))
+    _, heard = here.federate(gathered)
+    assert not heard.rows[0]["applied"]
+    assert "the clients noised their integers (privacy.noise=shares)" in heard.rows[0]["reason"]
+    assert here.keys.opened("run:132", 1) is None
+
+
+class TellsMore(EmbeddedFleet):
+    """A server's words to its clients are changed: so many come at the fewest, so less noise of each will do."""
+
+    def ask(self, tasks: Sequence[Task]) -> Iterator[Reply]:
+        return super().ask([self._told(task) for task in tasks])
+
+    def _told(self, task: Task) -> Task:
+        assert task.protection
+        assert task.shares
+        return replace(task, protection=replace(task.protection, minimum=6), shares=replace(task.shares, honest=5))
+
+
+@pytest.mark.parametrize(
+    ("claimed", "said"), [(6, "its clients were told of 6 at least"), (3, "is not the sum of its roster's updates")]
+)
+def test_a_server_that_promises_clients_more_survivors_than_it_sums_gets_no_sum(
+    site: Any, monkeypatch: pytest.MonkeyPatch, claimed: int, said: str
+) -> None:
+    here, shown = site(f"{SHARES} rounds.number=1"), encrypting.shown
+
+    def claims(task: Task, grid: Any, attempt: int, minimum: int) -> Any:
+        less = replace(task, shares=replace(task.shares, honest=5))
+        grid = upload.grid_of(less, here.node.settings)
+        return shown(less, grid, attempt, claimed)
+
+    def gone(task: Task, reply: Reply) -> Reply:
+        return Reply(task.round, task.client, reason="gone") if task.client == NAMES[2] else reply
+
+    monkeypatch.setattr("server.encrypted.encrypting", SimpleNamespace(**vars(encrypting) | {"shown": claims}))
+    heard = Heard(TellsMore(here.node), gone)
+    state = replace(first_state(here.node.template, here.node.settings), until=1)
+    plans = budget.plans(heard.hello(), here.node.settings)
+    [(_, row)] = rounds.rounds(
+        heard, heard.hello(), plans, state, here.node.settings, heard, lambda _: Score(1.0, 0.5), here.gathered()
+    )
+    assert row["replies"] == 5
+    assert said in row["reason"]
+    assert here.keys.opened("run:132", 1) is None
+
+
+def test_a_node_encrypts_for_no_sum_of_other_clients_than_its_settings_say(site: Any) -> None:
+    here, tasks = site("protect.minimum=4 rounds.number=1"), dict[str, Task]()
+
+    def keep(task: Task, reply: Reply) -> Reply:
+        return tasks.setdefault(task.client, task) and reply
+
+    here.federate(here.gathered(), keep)
+    task = tasks[NAMES[0]]
+    assert task.protection
+    fewer = replace(task, protection=replace(task.protection, minimum=3))
+    said = next(EmbeddedFleet(here.node).ask([fewer])).reason
+    assert said == "the server would open a sum of 3 clients, this node's least is 4"
+
+
+# ---- a key holder's word ----
+
+
 @pytest.mark.parametrize("text", [CLIENT, "privacy.unit=none"])
 @pytest.mark.parametrize("published", [b"", b"123", b"\xff" * 8 * 131])
 def test_a_key_holder_that_publishes_no_sum_costs_the_round(site: Any, text: str, published: bytes) -> None:
@@ -248,7 +388,7 @@ def test_a_key_holder_that_publishes_no_sum_costs_the_round(site: Any, text: str
     assert "the key holder published" in heard.rows[0]["reason"]
 
 
-@pytest.mark.parametrize("text", [CLIENT, "privacy.unit=none"])
+@pytest.mark.parametrize("text", [CLIENT, SHARES, "privacy.unit=none"])
 def test_a_key_holder_with_other_noise_than_planned_is_refused_before_anyone_trains(site: Any, text: str) -> None:
     here = site(text)
     wrong = CohortNoise(0.5, 6.0) if text == CLIENT else CohortNoise(1.0, 6.0)
@@ -373,8 +513,8 @@ def test_a_server_that_claims_a_narrower_grid_to_get_less_noise_gets_no_sum(
 ) -> None:
     here, shown = site(f"{CLIENT} rounds.number=1"), encrypting.shown
 
-    def narrower(task: Task, grid: Any, attempt: int) -> Any:
-        return replace(true := shown(task, grid, attempt), grid=replace(true.grid, limit=grid.limit / 100))
+    def narrower(task: Task, grid: Any, *rest: int) -> Any:
+        return replace(true := shown(task, grid, *rest), grid=replace(true.grid, limit=grid.limit / 100))
 
     monkeypatch.setattr("server.encrypted.encrypting", SimpleNamespace(**vars(encrypting) | {"shown": narrower}))
     _, heard = here.federate(here.gathered())
@@ -509,15 +649,28 @@ def test_a_run_goes_on_with_its_key_holder_and_leaves_no_secret_in_its_folder(tm
     with pytest.raises(job.Stopped):
         run(tmp_path / "run", "", stop_after=1)
     [keys] = (path.read_bytes() for path in (tmp_path / "state").rglob("key"))
+    with pytest.raises(job.Stopped):
+        run(tmp_path / "run", "", stop_after=2)
+    assert [path.read_bytes() for path in (tmp_path / "state").rglob("key")] == [keys]
     report = run(tmp_path / "run", "")
     assert report["protect"]["mode"] == "encrypted"
-    assert [path.read_bytes() for path in (tmp_path / "state").rglob("key")] == [keys]
+    assert not list((tmp_path / "state" / "keyholder").rglob("key"))  # the run is over, and so is its key
     written = [path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()]
     for secret in (json.loads(keys)["secret"], json.loads(keys)["weight_secret"]):
         assert not any(secret.encode() in each or base64.b64decode(secret) in each for each in written)
     rows = RunFolder.open(tmp_path / "run")
     assert [row["applied"] for row in rows.rows()] == [True, True]
     rows.close()
+
+
+def test_an_export_after_the_end_of_a_run_opens_its_sums_under_new_keys(tmp_path: Path) -> None:
+    run(tmp_path / "run", "export.prune=0.5")
+    scenario = made(f"protect=encrypted run.state={tmp_path / 'state'} export.prune=0.5 export.recover_rounds=2")
+    with RunFolder.open(tmp_path / "run") as folder:
+        job.export(job.prepare(scenario, scenario.settings, folder, EmbeddedFleet, Quiet()))
+        assert [(row["phase"], row["applied"]) for row in folder.rows()[2:]] == [("recover", True)] * 2
+        assert len(list((tmp_path / "state" / "keyholder").rglob("key"))) == 2  # of the whole model, and of the pruned
+    assert not list((tmp_path / "state" / "keyholder").rglob("key"))
 
 
 # ---- refusals ----
@@ -530,7 +683,10 @@ def test_a_run_goes_on_with_its_key_holder_and_leaves_no_secret_in_its_folder(tm
         ("protect.minimum=7", "protect.minimum=7 is more than the 6 clients a round asks: the nearest is 6"),
         ("protect.minimum=2", "Input should be greater than or equal to 3"),
         ("protect.max_clients=5", "set protect.max_clients=6"),
-        ("privacy.unit=client protect.trust=shared", "lets every client read the sum before privacy.unit=client"),
+        ("privacy.unit=client protect.trust=shared", "set privacy.noise=shares, with which clients noise what they"),
+        ("privacy.unit=both protect.trust=shared", "set privacy.unit=client privacy.noise=shares"),
+        (f"{SHARES} protect.bits=24 protect.max_clients=10000 privacy.epsilon=0.02", "protect.bits=22 is the nearest"),
+        (f"{SHARES} protect.minimum=3 privacy.colluding=3", "privacy.colluding=3 leaves no honest client of the 3"),
         ("privacy.unit=client privacy.bands=2", "privacy.bands correlates the noise of rounds"),
         ("server.combine=median", "server.combine=median compares single updates"),
     ],

@@ -17,11 +17,12 @@ from clients.training import Node, answer
 from privacy import accounting, audit, noise_shares
 from privacy.noise_shares import Shares
 from privacy.plan import Mechanism, Plan
+from privacy.promise import promise
 from privacy.refused import Refused
 from scenarios import load
 from scenarios.seeds import derive
 from scenarios.settings import Settings, override
-from server import budget, canaries, gather, pairs, probes, rounds, run, select
+from server import budget, canaries, exposure, gather, guarantee, pairs, probes, rounds, run, select, verify
 from server.embedded import EmbeddedFleet
 from server.references import NoJournal
 from server.state import Row, Score, ServerState, first_state
@@ -155,14 +156,15 @@ def test_the_clip_bit_that_no_noise_covers_says_nothing(tmp_path: Path) -> None:
         assert all(reply.within for reply in heard.replies)
 
 
+@pytest.mark.parametrize("way", ["masked", "encrypted", "encrypted protect.trust=shared"])
 @pytest.mark.parametrize("faults", ["", "faults.dropout=0.2 run.seed=2"])
-def test_a_masked_run_is_the_run_in_the_clear_to_the_bit_where_noise_is_seeded(
-    run_real: Callable[..., Any], tmp_path: Path, faults: str
+def test_a_protected_run_is_the_run_in_the_clear_to_the_bit_where_noise_is_seeded(
+    run_real: Callable[..., Any], tmp_path: Path, way: str, faults: str
 ) -> None:
     text = f"{SHARES} privacy.noise_seed=3 rounds.number=2 {faults}"
     weights = []
-    for name, way in (("clear", "codec=int16"), ("masked", "protect=masked protect.bits=16")):
-        run_real(tmp_path / name, f"{text} {way}")
+    for name, sent in (("clear", "codec=int16"), ("hidden", f"protect={way} protect.bits=16")):
+        run_real(tmp_path / name, f"{text} {sent}")
         rows = [json.loads(line) for line in (tmp_path / name / "rounds.jsonl").read_text().splitlines()]
         assert [(row["applied"], row["replies"]) for row in rows] == [(True, 5 if faults else 6)] * 2
         weights.append(load_file(tmp_path / name / "weights.safetensors"))
@@ -196,7 +198,7 @@ def test_a_node_refuses_a_task_of_less_noise(tmp_path: Path, change: Callable[[T
     [
         ("privacy.unit=example privacy.noise=shares", "for privacy.unit=client, not example"),
         ("privacy.unit=both privacy.noise=shares", "for privacy.unit=client, not both"),
-        ("privacy.unit=client privacy.noise=shares", "set protect=masked, or codec=int16"),
+        ("privacy.unit=client privacy.noise=shares", "set protect=masked or encrypted, or codec=int16"),
         (f"{CLEAR} rounds.fraction=0.5", "set rounds.fraction=1"),
         (f"{CLEAR} privacy.bands=2", "set privacy.bands=1"),
         (f"{CLEAR} privacy.adapt=true", "privacy.adapt=false"),
@@ -240,7 +242,7 @@ def test_the_plan_is_that_of_the_servers_noise_but_for_the_chance() -> None:
 # ---- the report ----
 
 
-@pytest.mark.parametrize(("kind", "server"), [("shares", True), ("trusted-shares", False)])
+@pytest.mark.parametrize(("kind", "server"), [("shares", True), ("encrypted-shares", True), ("trusted-shares", False)])
 def test_the_epsilon_holds_against_the_server_where_it_reads_sums_alone(
     real_run: Callable[[str], Path], kind: str, server: bool
 ) -> None:
@@ -250,11 +252,58 @@ def test_the_epsilon_holds_against_the_server_where_it_reads_sums_alone(
     assert found["server"] == (report["privacy"]["worst_epsilon"] if server else None)
     assert "at least 2 of the clients in every sum are honest" in report["privacy"]["against"]
     assert ("not the server" in report["privacy"]["against"]) is not server
+    for who in ("report_reader", "other_client", "server"):
+        on_condition = "as long as at least 2 of the clients in every sum are honest" in found[f"{who}_reason"]
+        assert on_condition == (found[who] is not None)
     parties = {party["party"]: party["before_noise"] for party in report["statement"]["trust"]["parties"]}
     assert parties["server"] is not server
+    assert not parties["key holder"]
+    assert not verify.check(real_run(kind)).wrong
     assert report["statement"]["delta"]["chance"] == noise_shares.CHANCE
     hazards = {one["hazard"]: one["state"] for one in report["statement"]["interpretation"]["hazards"]}
     assert hazards["attacks on floating-point noise"] == "pass"
+
+
+def test_who_must_not_collude_for_the_epsilon_to_hold_is_said_by_the_way_updates_are_hidden(
+    real_run: Callable[[str], Path],
+) -> None:
+    report = json.loads((real_run("encrypted-shares") / "report.json").read_text())
+    said = {}
+    for mode, trust in (("masked", None), ("encrypted", "split"), ("encrypted", "shared")):
+        travelled = {**report, "protect": {**report["protect"], "mode": mode, "trust": trust}}
+        found = guarantee.adversaries(travelled)
+        said[trust or mode] = (found["other_client_reason"], found["server_reason"])
+    assert {other.partition("are honest")[2] for other, _ in (said["masked"], said["split"])} == {""}
+    assert "it is not given what they send" in said["shared"][0]
+    assert "no more clients collude with the server than masks bear" in said["masked"][1]
+    assert "the key holder and the server do not collude" in said["split"][1]
+    assert "neither a client nor the key holder, who all have the secret key" in said["shared"][1]
+
+
+@pytest.mark.parametrize(
+    ("way", "whom", "uncovered"),
+    [
+        ("codec=int16", "the server", "the server: it sees the update of each client with that client's own share"),
+        ("protect=masked", "more colluding clients than that together with the server", "who took part"),
+        ("protect=encrypted", "the server and the key holder together", "the server together with the key holder"),
+        (
+            "protect=encrypted protect.trust=shared",
+            "any single client, or the key holder, together with the server",
+            "together with any one",
+        ),
+    ],
+)
+def test_against_whom_a_share_alone_is_too_little_noise_is_said(way: str, whom: str, uncovered: str) -> None:
+    settings = override(Settings(), f"{SHARES} {way}")
+    text = " ".join(exposure.who_learns(settings, 1000, 20, "deployment"))
+    assert "if at least 9 of its clients are honest" in text
+    assert f"no epsilon holds against {whom}" in text
+    assert "before the noise" not in text
+    assert "clipped and without noise" not in text
+    made = promise("client", honest=9, mode=settings.protect.mode, trust=settings.protect.trust)
+    assert uncovered in made.not_covered[0]
+    assert made.against is not None
+    assert "at least 9 of the clients in every sum are honest" in made.against
 
 
 # ---- the audit ----
