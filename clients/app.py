@@ -72,7 +72,8 @@ def keyholder(message: Message, context: Context) -> Message:
     try:
         mine = _keyholder(context)
         try:
-            said = holder.answer(mine, messages.decode_bytes(message.content), _noise(context))
+            seeded = context.node_config.get("seeded") is True
+            said = holder.answer(mine, messages.decode_bytes(message.content), _noise(context), seeded)
         finally:
             mine.close()
     except Exception as error:
