@@ -42,7 +42,7 @@ DUE = {
     "encrypted tasks": 800,
     "masked tasks": 150,
     "requests": 4000,
-    "key holder's answers": 400,
+    "key holder's answers": 200,
 }
 """How many changed messages come to each door, over all trusts or stages together."""
 
