@@ -148,6 +148,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # it starts five processes of Flower, and one a message
 def test_a_key_holder_among_real_nodes_puts_the_noise_on_and_gives_the_embedded_weights(
     fleet: Fleet, tmp_path: Path
 ) -> None:
