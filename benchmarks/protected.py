@@ -28,7 +28,7 @@ import tenseal as ts
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
-from privacy import bfv, frames, key_letter, masks, packing
+from privacy import bfv, frames, key_letter, masked_sum, masks, packing
 from privacy.bfv import Trust
 from privacy.encrypted_sum import EncryptedSum, Protector
 from privacy.expansion import Worker
@@ -129,7 +129,7 @@ def masked(bits: int, entries: int, cohort: int) -> dict[str, float]:
     known = {name: key.public_key().public_bytes_raw() for name, key in identities.items()}
     gone = set(list(known)[::3][: cohort // 3])
     integers = np.random.default_rng(0).integers(0, 1 << bits, entries, np.uint64)
-    server = masks.Server(Attempt(frames.run_id("bench", rules), 1, 1), rules, known, list(known))
+    server = masked_sum.Server(Attempt(frames.run_id("bench", rules), 1, 1), rules, known, list(known))
     client, sent, serving = dict.fromkeys(known, 0.0), dict.fromkeys(known, 0), 0.0
     stall, peaks = 0.0, [0.0, 0.0]
     with tempfile.TemporaryDirectory() as folder:

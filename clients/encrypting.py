@@ -86,6 +86,8 @@ class Member:
                 raise ValueError("an attempt that is no number")
         except (ValueError, KeyError) as error:
             raise Refused(f"the server's word on the key cannot be read: {error}") from None
+        if not 1 <= task.round <= ROUNDS:  # noted down as answered it would be the last one
+            raise Refused(f"round {task.round} is none of the {ROUNDS} that a run has")
         made = parameters(grid, self.wanted)
         identity, private = Ed25519PublicKey.from_public_bytes(self.holder), recipient(self.states, task.client)
         keys = key_letter.read(letter, public, asked.run, task.client, ROUNDS, made, identity, private)

@@ -24,7 +24,7 @@ def hello(config: Config) -> KeyNode:
 def answer(config: Config, request: bytes) -> bytes:
     """Deal the keys of a run or open one of its sums, as the server's request asks."""
     with _keyholder(config) as mine:
-        return holder.answer(mine, request, _noise(config))
+        return holder.answer(mine, request, _noise(config), config.get("seeded") is True)
 
 
 @contextmanager

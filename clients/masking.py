@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from clients.task import Task
 from privacy import durable
-from privacy.frames import Rules, Stage, addressed, padded, run_id
+from privacy.frames import Attempt, Rules, Stage, addressed, padded, run_id
 from privacy.integers import Grid, Integers
 from privacy.masks import Client
 from privacy.refused import Refused
@@ -143,8 +143,9 @@ class Member:
                 raise ValueError(f"{stage.name.lower()} of {attempt} has no place in a task to {task.kind}")
             if values is not None and attempt.view != view(task, grid):
                 raise ValueError("the other clients have not been shown this model, or not with these settings")
-            folder = hashlib.sha256(task.client.encode()).hexdigest()[:16]  # a name from the network is no path
-            store = FileStore(self.states / folder / f"masks-{attempt.run.hex()[:16]}")
+            folder = self.states / hashlib.sha256(task.client.encode()).hexdigest()[:16]  # a name is no path
+            _once(folder / "masked", asked.run, attempt)
+            store = FileStore(folder / f"masks-{attempt.run.hex()[:16]}")
             key = identity(self.states, task.client)
             client = Client(task.client, key, self.peers, asked.run, rules, store)
             answer = client.answer(asked.request, values)
@@ -153,3 +154,19 @@ class Member:
         except ValueError as error:
             raise Refused(str(error)) from None
         return answer
+
+
+def _once(path: Path, run: str, attempt: Attempt) -> None:
+    """Note down in `path` which round is summed under which name and rules. Raises Refused for a round under two.
+
+    Each name and each rules have records of their own, which know nothing of one another: one update would go into two
+    sums, and were they over all and over all but one, their difference would be that one's update.
+    """
+    known, rules, last = json.loads(path.read_bytes()) if path.exists() else (run, "", 0)
+    if known != run:
+        raise Refused("the server calls this run by another name than before: start a new run")
+    if attempt.run.hex() != rules and attempt.round <= last:
+        raise Refused(f"round {attempt.round} is to be summed under other rules than round {last} was")
+    if attempt.round > last:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.write_atomic(path, json.dumps([run, attempt.run.hex(), attempt.round]).encode())

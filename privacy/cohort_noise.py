@@ -106,6 +106,12 @@ class CohortNoise:
         noisy = total + random.normal(0.0, self.update_multiplier * norm, total.shape)
         return noisy, votes + random.normal(0.0, self.vote_deviation) if self.adapt_rate else 0.0
 
+    def check(self, noisy: NDArray[np.float64], votes: float, norm: float, clients: int) -> None:
+        """Raise ValueError for what `noised` makes of no sum over `clients`: 40 deviations off, or no number."""
+        spread = 40 * self.update_multiplier * norm, 40 * self.vote_deviation
+        if not (np.abs(noisy) <= clients * norm + spread[0]).all() or not abs(votes) <= clients / 2 + spread[1]:
+            raise ValueError(f"what is no sum over {clients} clients with its noise")
+
     def settled(self, noisy: NDArray[np.float64], votes: float, clip: float) -> tuple[_Vector, float]:
         """(the round's update (P,), the norm of the next round), from what `noised` made.
 

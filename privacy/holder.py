@@ -45,6 +45,8 @@ class Deal:
     """X25519 public keys of the clients in hex, as the key holder knows them."""
     minimum: int
     """Fewest clients in a sum that it opens."""
+    identity: bytes
+    """The key holder's raw Ed25519 public key, with which it signs what it publishes."""
     noise: Mapping[str, float] | None = None
     """The fields of the `CohortNoise` that it puts on every sum; None: it publishes sums as they are."""
 
@@ -58,6 +60,14 @@ class Opened:
     shown: bytes
     """The hash of what these clients were shown."""
     published: bytes
+    signature: bytes
+    """The key holder's, of all this for its run and round."""
+
+    def statement(self, run: str, round: int) -> bytes:
+        """What is signed."""
+        said = json.dumps([run, round, *self.roster]).encode()
+        digests = (hashlib.sha256(part).digest() for part in (said, self.shown, self.published))
+        return b"umbel opened" + b"".join(digests)
 
 
 @dataclass(frozen=True)
@@ -104,11 +114,13 @@ class Remote:
         said, parts = self._ask({"do": "deal", "run": run, "rounds": rounds, "parameters": parameters.to_bytes().hex()})
         recipients = said.get("recipients")
         minimum, noise = said.get("minimum"), said.get("noise")
-        if type(minimum) is not int or not isinstance(recipients, dict) or len(parts) != 3 + 2 * len(recipients):
+        if type(minimum) is not int or not isinstance(recipients, dict) or len(parts) != 4 + 2 * len(recipients):
             raise Unreachable("the key holder dealt what is no deal")
-        letters = dict(zip(recipients, parts[3::2], strict=True))
-        mac_keys = dict(zip(recipients, parts[4::2], strict=True))
-        return Deal(parts[0], parts[1], letters, mac_keys, parts[2], recipients, minimum, noise)
+        if noise is not None and not (isinstance(noise, dict) and all(type(z) in (int, float) for z in noise.values())):
+            raise Unreachable("the key holder dealt what is no deal")
+        letters = dict(zip(recipients, parts[4::2], strict=True))
+        mac_keys = dict(zip(recipients, parts[5::2], strict=True))
+        return Deal(parts[0], parts[1], letters, mac_keys, parts[2], recipients, minimum, parts[3], noise)
 
     def open(
         self, run: str, round: int, roster: Sequence[str], shown: Shown, aggregate: bytes, seed: int | None = None
@@ -116,7 +128,7 @@ class Remote:
         asked = {"do": "open", "run": run, "round": round, "roster": list(roster)}
         asked |= {"grid": asdict(shown.grid), "attempt": shown.attempt, "minimum": shown.minimum, "seed": seed}
         said, parts = self._ask(asked, shown.view, aggregate)
-        if not isinstance(said.get("roster"), list) or len(parts) != 2:
+        if not isinstance(said.get("roster"), list) or len(parts) != 3:
             raise Unreachable("the key holder published what is no sum")
         return Opened(tuple(said["roster"]), *parts)
 
@@ -143,7 +155,7 @@ def answer(holder: "KeyHolder", request: bytes, noise: "CohortNoise | None" = No
                 pairs = [part for name in deal.recipients for part in (deal.letters[name], deal.mac_keys[name])]
                 said = {"recipients": dict(deal.recipients), "minimum": deal.minimum}
                 said |= {"noise": asdict(noise) if noise else None}
-                return pack(said, deal.key_id, deal.public, deal.link_key, *pairs)
+                return pack(said, deal.key_id, deal.public, deal.link_key, deal.identity, *pairs)
             case {"do": "open", "run": str(run), "round": int(round), "roster": list(roster)}, [view, aggregate]:
                 if not all(isinstance(name, str) for name in roster):
                     raise ValueError("a roster of other things than names")
@@ -153,7 +165,7 @@ def answer(holder: "KeyHolder", request: bytes, noise: "CohortNoise | None" = No
                 holder.open(run, round, roster, aggregate, publish, shown.hash)
                 opened = holder.opened(run, round)
                 assert opened
-                return pack({"roster": opened.roster}, opened.shown, opened.published)
+                return pack({"roster": opened.roster}, opened.shown, opened.published, opened.signature)
         raise ValueError("neither deal nor open")
     except Refused as error:
         return pack({"refused": str(error)})

@@ -89,6 +89,8 @@ class Grid:
     """Variance, in steps^2, of the noise that each client adds to each of its values; 0: none."""
 
     def __post_init__(self) -> None:
+        if not FEWEST <= self.bits <= MOST:  # before 2^bits is computed: they may come from a stranger
+            width(self.bits, 1)
         width(self.bits, self.clients, room=self.field - self.bits)
         if not 0 < self.limit < math.inf or not 0 <= self.clip < math.inf or self.size < 1:
             raise ValueError(f"no grid: {self}")

@@ -13,6 +13,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,8 @@ class KeyHolder:
 
         Raises Refused for another number of rounds or parameters than the run has, and where its key was destroyed.
         """
+        if not 1 <= rounds < 1 << 32:
+            raise Refused(f"a run of {rounds} rounds: 1 to {(1 << 32) - 1} can be dealt keys for")
         folder = self._run(run)
         folder.mkdir(mode=0o700, exist_ok=True)
         if (folder / "retired").exists():
@@ -85,7 +88,7 @@ class KeyHolder:
         }
         public = b"" if parameters.trust == "shared" else keys.public
         mac_keys = {name: keys.secrets[name].mac for name in letters}
-        return Deal(keys.key_id, public, letters, mac_keys, keys.link_key, keys.clients, self.minimum)
+        return Deal(keys.key_id, public, letters, mac_keys, keys.link_key, keys.clients, self.minimum, self.identity)
 
     def open(
         self,
@@ -111,7 +114,8 @@ class KeyHolder:
         if not (answer := record.with_suffix(".answer")).exists():
             return None
         said = json.loads(record.read_bytes())
-        return Opened(tuple(said["roster"]), bytes.fromhex(said["shown"]), answer.read_bytes())
+        opened = Opened(tuple(said["roster"]), bytes.fromhex(said["shown"]), answer.read_bytes(), b"")
+        return replace(opened, signature=self._identity.sign(opened.statement(run, round)))
 
     def _answer(
         self,

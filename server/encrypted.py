@@ -7,7 +7,7 @@ import numpy as np
 
 from clients import encrypting, upload
 from clients.task import Hello, Protection, Reply, Task
-from privacy import packing
+from privacy import frames, packing
 from privacy.bfv import Parameters
 from privacy.cohort_noise import CohortNoise
 from privacy.encrypted_sum import EncryptedSum
@@ -109,8 +109,10 @@ class Encrypted:
             if len(opened) != 8 * (grid.size + 1):
                 raise Closed(f"the key holder published {len(opened)} bytes, a sum with noise has 8 a value")
             noisy = np.frombuffer(opened, "<f8")
-            if not np.isfinite(noisy).all():
-                raise Closed("the key holder published what is not finite")
+            try:
+                self.noise.check(noisy[:-1], float(noisy[-1]), grid.norm, len(sent))
+            except ValueError as error:
+                raise Closed(f"the key holder published {error}") from None
             return Summed(noisy[:-1], float(len(sent)), float(noisy[-1]), noised=True)
         try:
             found = packing.unpack(opened, grid.entries, grid.width)
@@ -133,6 +135,8 @@ class Encrypted:
         seen = encrypting.shown(task, grid, self.attempt, self.minimum)
         seed = None if self.noise_seed is None else derive(self.noise_seed, "noise", task.round)
         opened = self.holder.open(run, task.round, total.roster, seen, total.seal(deal.link_key), seed)
+        if not frames.verified(deal.identity, opened.signature, opened.statement(run, task.round)):
+            raise Closed("the key holder published what it has not signed: it was changed on the way")
         if opened.roster != total.roster:
             raise Closed(f"round {task.round} was opened before, for {len(opened.roster)} other clients")
         known = (encrypting.shown(task, grid, one, self.minimum).hash for one in range(self.attempt, 0, -1))

@@ -71,7 +71,7 @@ class GridFleet:
         self._greeted: dict[int, str] = {}  # node -> the message that greets it, "" once it is answered
         self._absent: dict[int, str] = {}  # node -> why it cannot take part
         self._here: frozenset[int] = frozenset()
-        self._holder = 0  # the node of the key holder; 0: none has come
+        self._holders: dict[int, str] = {}  # node of a key holder, in the order in which they came -> its public key
         self._simulated = 0  # how many nodes Flower simulates; 0: they are devices
 
     def hello(self) -> Mapping[str, Hello]:
@@ -84,7 +84,7 @@ class GridFleet:
                     f"there are {self._number} clients but {self._simulated} simulated nodes: "
                     f"add --federation-config num-supernodes={self._number}, or set fleet.clients={self._simulated}"
                 )
-            settled = len(self._here - {self._holder}) >= self._number and not any(
+            settled = len(self._here - self._holders.keys()) >= self._number and not any(
                 self._greeted.get(node, "?") for node in self._here
             )
             if len(self._roster) < self._number and (settled or time.monotonic() > limit):
@@ -126,16 +126,19 @@ class GridFleet:
     def exchange(self, request: bytes) -> bytes:
         """The answer of the key holder's node. Raises Unreachable where there is none, or it leaves, or takes too long.
 
-        A key holder that comes, or comes back, within `wait` seconds is waited for.
+        A key holder that comes, or comes back, within `wait` seconds is waited for; one that is started again is asked
+        again, since it gives the answer of before.
         """
-        limit, pause, message = time.monotonic() + self._wait, _Pause(), ""
+        limit, pause, message, asked = time.monotonic() + self._wait, _Pause(), "", 0
         while (left := limit - time.monotonic()) > 0:
             self._greet(left)
-            if message and self._holder not in self._here:
+            node = self._key_node()
+            if message and not node:
                 raise Unreachable("the key holder's node is gone")
-            if not message and self._holder in self._here:
-                asked = Message(messages.encode_bytes(request), self._holder, _TYPES["keyholder"], ttl=max(0.1, left))
-                message = self._pushed({"": asked}).get("", "")
+            if node and not (message and node == asked):
+                asked = node
+                question = Message(messages.encode_bytes(request), node, _TYPES["keyholder"], ttl=max(0.1, left))
+                message = self._pushed({"": question}).get("", "")
             content = self._pull(message) if message else None
             if content is not None:
                 try:
@@ -147,6 +150,15 @@ class GridFleet:
             pause.after(news=False)
         why = "did not answer" if message else "is not among the nodes: start `umbel keyholder`, or wait longer"
         raise Unreachable(f"the key holder {why} (fleet.wait={self._wait:g})")
+
+    def _key_node(self) -> int:
+        """The node of the key holder; 0: none is here.
+
+        A node that was killed stays listed for a minute, and what was started again in its place is another node: of
+        those with the key of the one that came first, the last.
+        """
+        here = {node: key for node, key in self._holders.items() if node in self._here}
+        return [node for node, key in here.items() if key == next(iter(here.values()))][-1] if here else 0
 
     def _push(self, sent: Mapping[str, _Sent]) -> None:
         """Send the tasks that are not on their way and whose nodes are there; the weights they share travel once."""
@@ -229,7 +241,7 @@ class GridFleet:
             if isinstance(hello, str):
                 raise ValueError(hello)
             if isinstance(hello, KeyNode):
-                self._holder = self._holder if self._holder in self._here else node
+                self._holders[node] = hello.identity
                 return
             if self._expected and hello.name not in self._expected:
                 raise ValueError(f"there is no client {hello.name!r}")

@@ -33,6 +33,12 @@ def keyholder(
     expected: Annotated[float | None, typer.Option(help="With it: clients expected in a round.")] = None,
     quantile: Annotated[float, typer.Option(help="With it: privacy.quantile.")] = 0.5,
     adapt_rate: Annotated[float, typer.Option(help="With it: privacy.adapt_rate under privacy.adapt, else 0.")] = 0.0,
+    seeded: Annotated[
+        bool,
+        typer.Option(
+            "--seeded", help="With it: noise from privacy.noise_seed where a run sets it. For tests: no guarantee."
+        ),
+    ] = False,
     superlink: Annotated[
         str, typer.Option(help="HOST:PORT of the SuperLink; without it the key is printed alone.")
     ] = "",
@@ -52,7 +58,13 @@ def keyholder(
     told: dict[str, str | int | float] = {"keys": str(folder.absolute()), "clients": str(clients.absolute())}
     told |= {name: value for name, value in (("minimum", minimum), ("cohort", cohort)) if value is not None}
     if multiplier is not None and expected is not None:
-        told |= {"multiplier": multiplier, "expected": expected, "quantile": quantile, "adapt-rate": adapt_rate}
+        told |= {
+            "multiplier": multiplier,
+            "expected": expected,
+            "quantile": quantile,
+            "adapt-rate": adapt_rate,
+            "seeded": seeded,
+        }
     holder = KeyHolder(folder, read_peers(clients), cohort, minimum)
     print(f'keyholder="{holder.identity.hex()}"', flush=True)
     holder.close()

@@ -205,6 +205,34 @@ def test_a_minimum_that_the_owner_has_set_is_held_to(asked: int, tmp_path: Path)
         members.answer("a", saying(minimum=asked))
 
 
+@pytest.mark.parametrize(
+    ("run", "minimum", "round_", "why"),
+    [
+        ("s", 3, 1, "another name than before"),
+        ("s", 3, 2, "another name than before"),
+        ("r", 4, 1, "round 1 is to be summed under other rules than round 1 was"),
+        ("r", 4, 2, ""),
+    ],
+)
+def test_one_update_goes_into_no_two_sums_under_two_names_or_rules(
+    run: str, minimum: int, round_: int, why: str, tmp_path: Path
+) -> None:
+    members = Round(tmp_path)
+    members.until(None)
+    rules = replace(members.rules, minimum=minimum)
+    task = replace(members.task, round=round_, client="a")
+    grid, view = members.grid(task), masking.view(task, members.grid(task))
+    server = masked_sum.Server(Attempt(run_id(run, rules), round_, 1, view), rules, members.peers, NAMES)
+    said = Protection(run, rules.entries, minimum, server.ask()["a"])
+    asked = replace(task, kind="protect", protection=said)
+    member = Member(tmp_path, members.peers, WANTED.protect)
+    if why:
+        with pytest.raises(Refused, match=why):
+            member.answer(asked, grid)
+    else:
+        server.hear("a", member.answer(asked, grid))
+
+
 def test_stages_out_of_their_order_are_refused(tmp_path: Path) -> None:
     members = Round(tmp_path)
     members.until(Stage.SHARE)

@@ -70,7 +70,11 @@ def test_a_key_holder_answers_whatever_it_is_asked_and_opens_nothing_by_it(gathe
     assert cohort.holder.opened("run", 1) is None
 
 
-@pytest.mark.parametrize("answer", [b"", b"\0\0\0\0", holder.pack({}), holder.pack({"recipients": ["a"]}, b"", b"")])
+NO_DEALS: list[dict[str, Any]] = [{}, {"recipients": ["a"]}, {"recipients": {}, "minimum": "3"}]
+NO_DEALS += [{"recipients": {}, "minimum": 3, "noise": noise} for noise in ([1], "loud", {"multiplier": "1"})]
+
+
+@pytest.mark.parametrize("answer", [b"", b"\0\0\0\0", *(holder.pack(said, *[b""] * 4) for said in NO_DEALS)])
 def test_an_answer_that_is_none_is_as_good_as_no_key_holder(answer: bytes) -> None:
     remote = Remote(lambda _: answer)
     with pytest.raises(Unreachable):

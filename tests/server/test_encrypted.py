@@ -25,7 +25,7 @@ from clients.training import Node
 from privacy import holder as messages
 from privacy import packing
 from privacy.cohort_noise import CohortNoise
-from privacy.holder import Remote, Unreachable
+from privacy.holder import Opened, Remote, Unreachable
 from privacy.keyholder import KeyHolder
 from privacy.keyholder_process import Process
 from privacy.noise_shares import Shares
@@ -371,8 +371,8 @@ def test_a_node_encrypts_for_no_sum_of_other_clients_than_its_settings_say(site:
 # ---- a key holder's word ----
 
 
-@pytest.mark.parametrize("text", [CLIENT, "privacy.unit=none"])
-@pytest.mark.parametrize("published", [b"", b"123", b"\xff" * 8 * 131])
+@pytest.mark.parametrize("text", [f"{CLIENT} privacy.adapt=true", "privacy.unit=none"])
+@pytest.mark.parametrize("published", [b"", b"123", b"\xff" * 8 * 131, np.full(131, -1e300).tobytes()])
 def test_a_key_holder_that_publishes_no_sum_costs_the_round(site: Any, text: str, published: bytes) -> None:
     here = site(f"{text} rounds.number=1")
     gathered = here.gathered()
@@ -380,12 +380,35 @@ def test_a_key_holder_that_publishes_no_sum_costs_the_round(site: Any, text: str
 
     def garbled(request: bytes) -> bytes:
         said, parts = messages.unpack(answer := ask(request))
-        return messages.pack(said, parts[0], published) if "roster" in said else bytes(answer)
+        if "roster" not in said:
+            return bytes(answer)
+        asked, opened = messages.unpack(request)[0], Opened(tuple(said["roster"]), parts[0], published, b"")
+        signature = here.keys._identity.sign(opened.statement(asked["run"], asked["round"]))
+        return messages.pack(said, parts[0], published, signature)
 
     gathered.holder._exchange = garbled
     _, heard = here.federate(gathered)
     assert not heard.rows[0]["applied"]
     assert "the key holder published" in heard.rows[0]["reason"]
+    assert "not signed" not in heard.rows[0]["reason"]
+
+
+@pytest.mark.parametrize("text", [CLIENT, "privacy.unit=none"])
+def test_a_sum_that_was_changed_after_it_was_published_costs_the_round(site: Any, text: str) -> None:
+    here = site(f"{text} rounds.number=1")
+    gathered = here.gathered()
+    ask = gathered.holder._exchange
+
+    def flipped(request: bytes) -> bytes:
+        said, parts = messages.unpack(answer := ask(request))
+        if "roster" not in said:
+            return bytes(answer)
+        return messages.pack(said, parts[0], bytes([parts[1][0] ^ 1]) + parts[1][1:], parts[2])
+
+    gathered.holder._exchange = flipped
+    _, heard = here.federate(gathered)
+    assert not heard.rows[0]["applied"]
+    assert "published what it has not signed" in heard.rows[0]["reason"]
 
 
 @pytest.mark.parametrize("text", [CLIENT, SHARES, "privacy.unit=none"])

@@ -203,6 +203,22 @@ def test_a_key_holder_that_leaves_costs_its_answer_and_one_that_comes_back_is_fo
     assert some.exchange(b"") == b"sum"
 
 
+def test_a_key_holder_that_is_started_again_is_asked_though_its_dead_node_is_still_listed() -> None:
+    def dies(message: Message) -> Message | None:
+        if message.metadata.message_type == "query":
+            return key_holder()(message)
+        grid.nodes[4] = key_holder()
+        return None
+
+    grid = FakeGrid({9: client("a"), 3: dies, 5: key_holder(b"of another's", "cd" * 32)})
+    some = GridFleet(grid, ["a"], number=1, wait=5.0)
+    some.hello()
+    assert some.exchange(b"") == b"sum"
+    assert some.exchange(b"") == b"sum"
+    del grid.nodes[3], grid.nodes[4]
+    assert some.exchange(b"") == b"of another's"
+
+
 def test_who_asks_to_stop_gets_the_running_round_opened_all_the_same() -> None:
     grid = FakeGrid({9: client("a"), 3: key_holder()})
     some = GridFleet(grid, ["a"], number=1, wait=5.0)
