@@ -27,7 +27,7 @@ from privacy.keyholder_process import Process
 NAMES = [f"silo-{i}" for i in range(5)]
 GRID = Grid(130, 16, 1.0, 8)
 RUN, ROUNDS, VIEW = "run", 9, b"v" * 32
-SHOWN = Shown(GRID, VIEW, 1, 3)
+SHOWN = Shown(GRID, VIEW, 1, 2)
 
 
 class Bench:
