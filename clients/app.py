@@ -123,9 +123,7 @@ def _work(content: RecordDict, context: Context) -> RecordDict:
         if task.client != name:
             raise Refused(f"this node is {name}, the task is for {task.client}")
         if task.deadline:  # the link takes its part of it: this node's owner knows how fast it is
-            size = task.weights.nbytes
-            down = size if task.control is None else 2 * size
-            link = device.transfer_seconds(device.said(context.node_config), down, size)
+            link = device.transfer_seconds(device.said(context.node_config), task.download, task.weights.nbytes)
             task = replace(task, deadline=max(1e-9, task.deadline - link))
         own = _own(context)
         reply = own.answer(node, task) if own else training.answer(node, task)

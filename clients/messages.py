@@ -1,7 +1,7 @@
 """Task, Reply and Hello <-> Flower records: the only file that knows record keys.
 
 What arrives is hostile until it is checked. A message is one ConfigRecord of scalars and, for tasks and
-replies, one ArrayRecord with one flat array; a task may have a second one, its control variate.
+replies, one ArrayRecord with one flat array; a task may have more, its control variate and its coordinates.
 Every decoder raises ValueError with the reason when keys, types, sizes or ranges are not exactly the expected ones.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
 
 from clients.task import Charge, Device, Hello, KeyNode, Protection, Reply, Task
 from privacy.chain import Head
@@ -19,8 +20,9 @@ from privacy.noise_shares import Shares
 from privacy.plan import Mechanism
 from scenarios.weights import Layout
 
-_FIELDS, _ARRAYS, _FLAT, _CONTROL = "umbel", "arrays", "flat", "control"
+_FIELDS, _ARRAYS, _FLAT, _CONTROL, _SHARED = "umbel", "arrays", "flat", "control", "coordinates"
 _WEIGHTS = "umbel.float32.v1"  # little-endian float32, without a header
+_INDICES = "umbel.uint32.v1"  # likewise, of uint32
 _PAYLOAD = "umbel.payload.v1"  # what a codec wrote; read by that codec alone
 _REQUEST = "request"
 _PROTOCOL = "umbel.protocol.v1"  # what hides updates said; read by it alone
@@ -96,14 +98,15 @@ _NOISED = {"examples", "correct"}
 
 
 def encode_arrays(task: Task) -> ArrayRecord:
-    """Weights and control variate, (P,) each, as a record that the tasks of one round share: it is sent once."""
+    """Weights and control variate, (P,) each, and coordinates (k,): a record that a round's tasks share, sent once."""
     named = {_FLAT: task.weights} | ({} if task.control is None else {_CONTROL: task.control})
-    return ArrayRecord(
-        {
-            name: _array(np.ascontiguousarray(vector, "<f4").tobytes(), "float32", len(vector), _WEIGHTS)
-            for name, vector in named.items()
-        }
-    )
+    arrays = {
+        name: _array(np.ascontiguousarray(vector, "<f4").tobytes(), "float32", len(vector), _WEIGHTS)
+        for name, vector in named.items()
+    }
+    if (shared := task.coordinates) is not None:
+        arrays[_SHARED] = _array(np.ascontiguousarray(shared, "<u4").tobytes(), "uint32", len(shared), _INDICES)
+    return ArrayRecord(arrays)
 
 
 def encode_task(task: Task, arrays: ArrayRecord | None = None) -> RecordDict:
@@ -141,10 +144,11 @@ def decode_task(record: RecordDict) -> Task:
     layout = _layout(fields)
     size = sum(math.prod(shape) for _, shape in layout)
     arrays = record[_ARRAYS]
-    more = {_CONTROL} if fields["kind"] == "train" and isinstance(arrays, ArrayRecord) and _CONTROL in arrays else set()
+    more = fields["kind"] == "train" and isinstance(arrays, ArrayRecord)
+    named = {_FLAT} | ({_CONTROL, _SHARED} & set(arrays) if more else set())
     vectors = {
-        name: np.frombuffer(_data(record, "float32", size, _WEIGHTS, 4, name, {_FLAT} | more), "<f4").astype(np.float32)
-        for name in {_FLAT} | more
+        name: np.frombuffer(_data(record, "float32", size, _WEIGHTS, 4, name, named), "<f4").astype(np.float32)
+        for name in named - {_SHARED}
     }
     if not all(np.isfinite(vector).all() for vector in vectors.values()):
         raise ValueError("the weights of the task, or its control variate, are not finite")
@@ -157,6 +161,7 @@ def decode_task(record: RecordDict) -> Task:
         rate=fields["rate"],
         steps=fields["steps"],
         control=vectors.get(_CONTROL),
+        coordinates=_coordinates(record, size, named) if _SHARED in named else None,
         state_round=fields["state_round"],
         deadline=fields["deadline"],
         mechanism=_mechanism(fields),
@@ -310,6 +315,14 @@ def _data(
     if tuple(array.shape) != (entries,) or entries != (entries if size is None else size):
         raise ValueError(f"an array of shape {_shown(str(array.shape))} with {entries} entries, expected {size}")
     return array.data
+
+
+def _coordinates(record: RecordDict, size: int, named: Collection[str]) -> NDArray[np.uint32]:
+    """At most `size` of them; which there may be is for clients/coordinates.py."""
+    found = np.frombuffer(_data(record, "uint32", None, _INDICES, 4, _SHARED, named), "<u4").astype(np.uint32)
+    if len(found) > size:
+        raise ValueError(f"a task that names {len(found)} coordinates of {size} weights")
+    return found
 
 
 def _layout(fields: Mapping[str, Any]) -> Layout:

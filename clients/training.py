@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clients import codecs, device, encrypting, masking, scaffold, state, upload
+from clients import codecs, coordinates, device, encrypting, masking, scaffold, state, upload
 from clients.task import Device, Hello, Reply, Task
 from privacy import accounting, cohort_noise, dp_sgd, durable, local_noise, noise_shares, noisy_counts
 from privacy.integers import Grid, Integers
@@ -105,6 +105,7 @@ def _train(node: Node, task: Task) -> Reply:
         noise_shares.hold_to(task.shares, wanted.epsilon, wanted.delta, number, least, wanted.colluding)
     if task.control is not None and not settings.local.scaffold:
         raise Refused("the task has a control variate that this node's settings do not ask for")
+    coordinates.hold_to(task.coordinates, coordinates.split(settings.codec)[0], len(task.weights))
     if _drops_out(settings, task):
         raise Refused("dropped out, as faults.dropout asks")
     before = state.load(node.states, task)
@@ -116,14 +117,19 @@ def _train(node: Node, task: Task) -> Reply:
         steps = train(model, examples, node.scenario.loss, task, settings.local, settings, correction)
     if not steps:
         return Reply(task.round, task.client, reason="the deadline came before its first step", late=True)
-    update, within = protected(flatten(model) - task.weights, task, settings)
+    update, carried, left = flatten(model) - task.weights, before.residual, None
+    if task.coordinates is not None:  # before the clip, which is of all that leaves
+        (update, left), carried = coordinates.picked(update, carried, task.coordinates), None
+    update, within = protected(update, task, settings)
     if settings.protect.mode != "none":
         grid = upload.grid_of(task, settings)
         assert grid is not None
         entries = upload.integers(update, within, len(examples.y), task, settings, grid)
-        return Reply(task.round, task.client, _hidden(node, task, grid, entries), len(examples.y), steps)
-    payload, residual = upload.encode(update, before.residual, within, len(examples.y), task, settings)
-    after = state.ClientState(residual=residual)
+        payload = _hidden(node, task, grid, entries)
+        state.save(node.states, task, state.ClientState(residual=left))
+        return Reply(task.round, task.client, payload, len(examples.y), steps)
+    payload, residual = upload.encode(update, carried, within, len(examples.y), task, settings)
+    after = state.ClientState(residual=left if residual is None else residual)
     if correction is not None:  # the variate does what a residual would: clients/scaffold.py
         sent = upload.decode(payload, task, settings)
         after = state.ClientState(control=scaffold.advanced(task, before.control, sent, steps))
@@ -153,7 +159,7 @@ def _drops_out(settings: Settings, task: Task) -> bool:
 
 
 def protected(update: Vector, task: Task, settings: Settings) -> tuple[Vector, bool]:
-    """(what may leave of `update` (P,): clipped and, under local DP, noised; whether it was within the norm)."""
+    """(what may leave of `update` (k,): clipped and, under local DP, noised; whether it was within the norm)."""
     if task.update_noise:
         wanted = settings.privacy.noise_seed
         random = cohort_noise.generator(None if wanted is None else derive(wanted, "noise", task.round, task.client))
