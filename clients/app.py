@@ -107,9 +107,7 @@ def _answer(task: "Task", context: Context) -> "Reply":
     node, name = _here(context)
     _addressed(task, name)
     if task.deadline:  # the link takes its part of it: this node's owner knows how fast it is
-        size = task.weights.nbytes
-        down = size if task.control is None else 2 * size
-        link = device.transfer_seconds(device.said(context.node_config), down, size)
+        link = device.transfer_seconds(device.said(context.node_config), task.download, task.weights.nbytes)
         task = replace(task, deadline=max(1e-9, task.deadline - link))
     own = _own(context)
     return own.answer(node, task) if own else cohort.alone(node, task)

@@ -93,7 +93,7 @@ def topk(share: float) -> Codec:
         return ceil(share * size)
 
     def pack(update: Vector, _: int) -> Payload:
-        indices = _largest(np.abs(update), count(len(update)))
+        indices = largest(np.abs(update), count(len(update)))
         return indices.astype("<u4").tobytes() + update[indices].astype("<f4").tobytes()
 
     def unpack(payload: Payload, size: int) -> Vector:
@@ -125,8 +125,8 @@ def resolve(name: str) -> Codec:
     kind, colon, argument = name.partition(":")
     if kind not in CODECS:
         raise Refused(
-            f"there is no codec {name!r}: choose float32, float16, topk:SHARE (as in topk:0.05), qsgd8 or intN (as in "
-            "int16)"
+            f"there is no codec {name!r}: choose float32, float16, topk:SHARE (as in topk:0.05), shared-topk:SHARE, "
+            "qsgd8 or intN (as in int16)"
         )
     if kind != "topk":
         if colon:
@@ -155,7 +155,7 @@ def _unpack_float16(payload: Payload, size: int) -> Vector:
     return np.frombuffer(payload, "<f2").astype(np.float32)
 
 
-def _largest(magnitudes: Vector, count: int) -> NDArray[np.int64]:
+def largest(magnitudes: Vector, count: int) -> NDArray[np.int64]:
     """Indices, increasing, of the `count` largest; a partition alone may pick other ties on another processor."""
     if count == 0:
         return np.empty(0, np.int64)

@@ -103,6 +103,7 @@ def view(task: Task, grid: Grid) -> bytes:
     said = [task.round, task.layout, task.rate, task.clip, task.update_clip, task.update_noise, task.largest, grid]
     hashed = hashlib.sha256(repr(said).encode())
     hashed.update(task.weights.astype("<f4").tobytes())
+    hashed.update(b"" if task.coordinates is None else task.coordinates.astype("<u4").tobytes())
     return hashed.digest()
 
 

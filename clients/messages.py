@@ -1,23 +1,24 @@
 """Task and Reply <-> Flower records, and the bytes of a key holder: with every key of them.
 
-A task has one array, its weights, and may have a second one, its control variate, and the message of a protocol that
-hides updates; a reply has its payload.
+A task has one array, its weights, and may have more, its control variate and its coordinates, and the message of a
+protocol that hides updates; a reply has its payload.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clients import records
-from clients.records import ARRAYS, FIELDS, FLAT, PAYLOAD, PROTOCOL, REQUEST, WEIGHTS, ArrayRecord, RecordDict
+from clients.records import ARRAYS, FIELDS, FLAT, INDICES, PAYLOAD, PROTOCOL, REQUEST, WEIGHTS, ArrayRecord, RecordDict
 from clients.task import Charge, Protection, Reply, Task
 from privacy.noise_shares import Shares
 from privacy.plan import Mechanism
 from scenarios.weights import Layout
 
-_CONTROL = "control"
+_CONTROL, _SHARED = "control", "coordinates"
 _TASK: dict[str, type] = {
     "kind": str,
     "round": int,
@@ -68,10 +69,13 @@ _NOISED = {"examples", "correct"}
 
 
 def encode_arrays(task: Task) -> ArrayRecord:
-    """Weights and control variate, (P,) each, as a record that the tasks of one round share: it is sent once."""
+    """Weights and control variate, (P,) each, and coordinates (k,): a record that a round's tasks share, sent once."""
     named = {FLAT: task.weights} | ({} if task.control is None else {_CONTROL: task.control})
     flat = {name: np.ascontiguousarray(vector, "<f4").tobytes() for name, vector in named.items()}
-    return records.arrays(WEIGHTS, **flat)
+    made = records.arrays(WEIGHTS, **flat)
+    if (shared := task.coordinates) is not None:
+        made.update(records.arrays(INDICES, **{_SHARED: np.ascontiguousarray(shared, "<u4").tobytes()}))
+    return made
 
 
 def encode_task(task: Task, arrays: ArrayRecord | None = None) -> RecordDict:
@@ -108,9 +112,10 @@ def decode_task(record: RecordDict) -> Task:
     layout = _layout(fields)
     size = sum(math.prod(shape) for _, shape in layout)
     arrays = record[ARRAYS]
-    more = {_CONTROL} if fields["kind"] == "train" and isinstance(arrays, ArrayRecord) and _CONTROL in arrays else set()
-    names = {FLAT} | more
-    read = {name: records.data(record, WEIGHTS, name=name, among=names, entries=size) for name in names}
+    more = fields["kind"] == "train" and isinstance(arrays, ArrayRecord)
+    names = {FLAT} | ({_CONTROL, _SHARED} & set(arrays) if more else set())
+    floats = names - {_SHARED}
+    read = {name: records.data(record, WEIGHTS, name=name, among=names, entries=size) for name in floats}
     vectors = {name: np.frombuffer(data, "<f4").astype(np.float32) for name, data in read.items()}
     if not all(np.isfinite(vector).all() for vector in vectors.values()):
         raise ValueError("the weights of the task, or its control variate, are not finite")
@@ -123,6 +128,7 @@ def decode_task(record: RecordDict) -> Task:
         rate=fields["rate"],
         steps=fields["steps"],
         control=vectors.get(_CONTROL),
+        coordinates=_coordinates(record, size, names) if _SHARED in names else None,
         state_round=fields["state_round"],
         deadline=fields["deadline"],
         mechanism=_mechanism(fields),
@@ -171,6 +177,14 @@ def decode_bytes(record: RecordDict) -> bytes:
     if set(record) != {REQUEST}:
         raise ValueError("a message with other records than expected")
     return records.data(record, PROTOCOL, REQUEST)
+
+
+def _coordinates(record: RecordDict, size: int, named: Collection[str]) -> NDArray[np.uint32]:
+    """At most `size` of them; which there may be is for clients/coordinates.py."""
+    found = np.frombuffer(records.data(record, INDICES, name=_SHARED, among=named), "<u4").astype(np.uint32)
+    if len(found) > size:
+        raise ValueError(f"a task that names {len(found)} coordinates of {size} weights")
+    return found
 
 
 def _layout(fields: Mapping[str, Any]) -> Layout:

@@ -32,6 +32,8 @@ class Kind:
 
 WEIGHTS = Kind("float32", 4, "umbel.float32.v1")
 """Little-endian float32, without a header."""
+INDICES = Kind("uint32", 4, "umbel.uint32.v1")
+"""Likewise, of uint32."""
 PAYLOAD = Kind("uint8", 1, "umbel.payload.v1")
 """What a codec wrote; read by that codec alone."""
 PROTOCOL = Kind("uint8", 1, "umbel.protocol.v1")

@@ -101,6 +101,8 @@ class Task:
     """Local steps to take (fewer where the deadline comes first)."""
     control: Vector | None = None
     """(P,) float32, the server's control variate (clients/scaffold.py); None: without."""
+    coordinates: NDArray[np.uint32] | None = None
+    """(k,), increasing: those that every client of the round sends (clients/coordinates.py); None: all."""
     state_round: int = 0
     """The round whose client state this task goes on from; 0: none yet."""
     deadline: float = 0.0
@@ -121,6 +123,11 @@ class Task:
     """Only where the client adds noise that is charged to a ledger."""
     protection: Protection | None = None
     """Only where updates are protected."""
+
+    @property
+    def download(self) -> int:
+        """Bytes of the arrays that travel to the client."""
+        return sum(array.nbytes for array in (self.weights, self.control, self.coordinates) if array is not None)
 
 
 @dataclass(frozen=True)

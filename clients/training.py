@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clients import codecs, device, encrypting, masking, scaffold, sgd, state, upload
+from clients import codecs, coordinates, device, encrypting, masking, scaffold, sgd, state, upload
 from clients.task import Device, Hello, Reply, Task
 from privacy import accounting, cohort_noise, dp_sgd, durable, local_noise, noise_shares, noisy_counts
 from privacy.integers import Grid, Integers
@@ -161,6 +161,7 @@ def admitted(node: Node, task: Task) -> Admitted:
         noise_shares.hold_to(task.shares, wanted.epsilon, wanted.delta, number, least, wanted.colluding)
     if task.control is not None and not settings.local.scaffold:
         raise Refused("the task has a control variate that this node's settings do not ask for")
+    coordinates.hold_to(task.coordinates, coordinates.split(settings.codec)[0], len(task.weights))
     if _drops_out(settings, task):
         raise Refused("dropped out, as faults.dropout asks")
     before = state.load(node.states, task)
@@ -173,14 +174,19 @@ def finished(node: Node, mine: Admitted, whole: Vector, steps: int) -> Reply:
     settings, task, before, count = node.settings, mine.task, mine.before, len(mine.examples.y)
     if not steps:
         return Reply(task.round, task.client, reason="the deadline came before its first step", late=True)
-    update, within = protected(whole, task, settings)
+    update, carried, left = whole, before.residual, None
+    if task.coordinates is not None:  # before the clip, which is of all that leaves
+        (update, left), carried = coordinates.picked(update, carried, task.coordinates), None
+    update, within = protected(update, task, settings)
     if settings.protect.mode != "none":
         grid = upload.grid_of(task, settings)
         assert grid is not None
         entries = upload.integers(update, within, count, task, settings, grid)
-        return Reply(task.round, task.client, _hidden(node, task, grid, entries), count, steps)
-    payload, residual = upload.encode(update, before.residual, within, count, task, settings)
-    after = state.ClientState(residual=residual)
+        payload = _hidden(node, task, grid, entries)
+        state.save(node.states, task, state.ClientState(residual=left))
+        return Reply(task.round, task.client, payload, count, steps)
+    payload, residual = upload.encode(update, carried, within, count, task, settings)
+    after = state.ClientState(residual=left if residual is None else residual)
     if mine.correction is not None:  # the variate does what a residual would: clients/scaffold.py
         sent = upload.decode(payload, task, settings)
         after = state.ClientState(control=scaffold.advanced(task, before.control, sent, steps))
@@ -210,7 +216,7 @@ def _drops_out(settings: Settings, task: Task) -> bool:
 
 
 def protected(update: Vector, task: Task, settings: Settings) -> tuple[Vector, bool]:
-    """(what may leave of `update` (P,): clipped and, under local DP, noised; whether it was within the norm)."""
+    """(what may leave of `update` (k,): clipped and, under local DP, noised; whether it was within the norm)."""
     if task.update_noise:
         wanted = settings.privacy.noise_seed
         random = cohort_noise.generator(None if wanted is None else derive(wanted, "noise", task.round, task.client))

@@ -210,7 +210,10 @@ class Settings(Section):
 
     model: str = Field("", description="which of the scenario's models; empty: its first")
     partition: str = Field("iid", description="iid, dirichlet:ALPHA, shards:NUMBER, natural")
-    codec: str = Field("float32", description="how updates travel: float32, float16, topk:SHARE, qsgd8, intN")
+    codec: str = Field(
+        "float32",
+        description="how updates travel: float32, float16, topk:SHARE, shared-topk:SHARE[:CODEC], qsgd8, intN",
+    )
     run: Run = Run()
     rounds: Rounds = Rounds()
     local: Local = Local()

@@ -129,7 +129,7 @@ def _federations(
     for part, block in enumerate(np.array_split(np.arange(len(included)), parts)):
         if setup.settings.privacy.by_shares:  # as few as are charged for: of more, the noise would be more
             change = f"protect.minimum={len(block)} privacy.colluding=0"
-        settings = override(setup.settings, f"{POST} {change} {seeded(setup.settings, part)}")
+        settings = override(upload.everywhere(setup.settings), f"{POST} {change} {seeded(setup.settings, part)}")
         pushes = {f"canary-{i:06}": (i, 1.0 if there else out) for i, there in enumerate(included[block])}
         names = [*pushes, *(f"other-{i:06}" for i in range(-len(block) % group))]
         fleet = _CanaryClients({name: Hello(name, _EXAMPLES, "") for name in names}, pushes, settings, bands)

@@ -57,7 +57,7 @@ def by_example(setup: Setup, name: str, included: Included, tick: Tick) -> Run:
     if plan and plan.whole:  # that half comes after what is looked at here, and would rescale it
         change += f" privacy.update_clip={_NO_CLIP} privacy.adapt=false"
         plan = replace(plan, whole=replace(plan.whole, mechanism=Mechanism(1.0, 0.0)))
-    settings = override(setup.settings, change)
+    settings = override(upload.everywhere(setup.settings), change)
     fleet = _CanaryExamples(setup, settings, parts, lambda: Ghost(base, own.x.shape[1:] if own else (), size))
     roster = fleet.hello()
     plans = dict.fromkeys(roster, plan) if plan else {}

@@ -42,6 +42,7 @@ def pruned_state(node: Node, state: ServerState, final: Vector, number: int) -> 
         until=state.round + number,
         control=None if state.control is None else np.zeros_like(weights),  # as in round 1
         noise=None,  # of as many entries as the unpruned weights: a new block begins (privacy/matrix_noise.py)
+        pace=None,
         clients={
             name: replace(spent, last=0) for name, spent in state.clients.items()
         },  # client states are of another model

@@ -36,7 +36,11 @@ def rules(settings: Settings, entries: int, clients: int, grid: integers.Grid | 
     grid: of any round, where clients add noise to their integers.
     """
     wanted, least = settings.protect, select.least_summed(clients, settings)
-    return Rules(entries + 2, grid.width if grid else integers.width(wanted.bits, wanted.max_clients), least)
+    return Rules(
+        upload.values(settings, entries) + 2,
+        grid.width if grid else integers.width(wanted.bits, wanted.max_clients),
+        least,
+    )
 
 
 def who_learns(settings: Settings, entries: int, clients: int, runtime: str) -> list[str]:
@@ -53,6 +57,8 @@ def who_learns(settings: Settings, entries: int, clients: int, runtime: str) -> 
         said = list(_clear(settings))
     if settings.privacy.by_shares:
         said.append(_shares(select.honest(clients, settings), mode, trust))
+    if (sent := upload.values(settings, entries)) < entries:
+        said.append(_coordinates(sent, entries))
     said += [_weights(settings), _visible(settings), _lies(settings)]
     if mode != "none":
         said += [_PICKED, _CODE]
@@ -224,6 +230,14 @@ def _weights(settings: Settings) -> str:
     return (
         "Every client, and whoever is given the model of each round, sees how the weights moved, so the mean of the "
         f"round's updates, {bounded}."
+    )
+
+
+def _coordinates(sent: int, entries: int) -> str:
+    return (
+        f"A round is of {sent} of an update's {entries} values, the same of all its clients, at coordinates that the "
+        "server names: whoever it is that reads updates or sums learns nothing of the others in that round. They stay "
+        "with the client, and go out, added up, in a later round that names them."
     )
 
 

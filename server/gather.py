@@ -105,6 +105,7 @@ def told(settings: Settings, size: int, grid: Grid | None, clients: int, runtime
         "parameters": str(encryption) if encryption else None,
         "security_bits": encryption.security_bits if encryption else None,
         "values": size,
+        "values_sent": upload.values(settings, size),
         "bits": grid.bits if grid else None,
         "range": grid.limit if grid else None,
         "rotated": grid.rotation is not None if grid else None,

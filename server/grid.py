@@ -163,13 +163,13 @@ class GridFleet:
     def _push(self, sent: Mapping[str, _Sent]) -> None:
         """Send the tasks that are not on their way and whose nodes are there; the weights they share travel once."""
         now = time.monotonic()
-        shared: dict[tuple[int, int], ArrayRecord] = {}
+        shared: dict[tuple[int, int, int], ArrayRecord] = {}
         outgoing: dict[str, Message] = {}
         for client, waiting in sent.items():
             if waiting.message or self._nodes.get(client) not in self._here:
                 continue
             task = waiting.task
-            same = id(task.weights), id(task.control)
+            same = id(task.weights), id(task.control), id(task.coordinates)
             if same not in shared:
                 shared[same] = messages.encode_arrays(task)
             outgoing[client] = Message(

@@ -106,8 +106,9 @@ class Masked:
         """
         assert server.stage is not None
         self._say(tasks, server.stage)
+        nothing = np.empty(0, np.float32)
         bare = [
-            replace(task, kind="protect", weights=np.empty(0, np.float32), layout=(), control=None, charge=None)
+            replace(task, kind="protect", weights=nothing, layout=(), control=None, coordinates=None, charge=None)
             for task in tasks
             if task.client in requests
         ]

@@ -1,6 +1,6 @@
 """Settings that do not fit one another, refused before anyone is asked."""
 
-from clients import cohort, upload
+from clients import cohort, coordinates, upload
 from privacy.refused import Refused
 from scenarios.settings import Settings
 
@@ -8,7 +8,10 @@ from scenarios.settings import Settings
 def check(settings: Settings) -> None:
     """Raises Refused, in one line, for what the unit of privacy, or another setting, makes no sense of."""
     cohort.check(settings.local)
-    _summable(settings)
+    share, values = coordinates.split(settings.codec)
+    _summable(settings, values)
+    if share is not None:
+        _shared_coordinates(settings)
     if settings.local.scaffold:
         _scaffold(settings)
     privacy, fraction, evaluation = settings.privacy, settings.rounds.fraction, settings.evaluation
@@ -100,12 +103,37 @@ def _scaffold(settings: Settings) -> None:
         )
 
 
-def _summable(settings: Settings) -> None:
-    """Refuse what needs a single update where only their sum is read."""
+def _shared_coordinates(settings: Settings) -> None:
+    """Refuse what goes by single coordinates over the rounds, or counts what is not sent as well."""
+    way = f"codec={settings.codec}"
+    if settings.local.scaffold:
+        raise Refused(
+            f"local.scaffold keeps what is not sent in its control variates, and {way} in a residual: together they "
+            "count it twice: set local.scaffold=false, or codec=topk:SHARE"
+        )
+    if settings.server.normalize:
+        raise Refused(
+            f"server.normalize=true (FedNova) divides an update by the steps of its round, and with {way} it holds "
+            "what earlier rounds left: set server.normalize=false, or codec=float32"
+        )
+    if settings.privacy.bands > 1:
+        raise Refused(
+            f"privacy.bands={settings.privacy.bands} takes noise of earlier rounds away again, coordinate by "
+            f"coordinate, and with {way} each round is of others: set privacy.bands=1, or codec=float32"
+        )
+
+
+def _summable(settings: Settings, values: str) -> None:
+    """Refuse what needs a single update where only their sum is read. values: the codec of what is sent."""
     mode, bits = settings.protect.mode, upload.bits(settings)
     if bits is None:
         return
-    if mode != "none" and settings.codec not in ("float32", f"int{bits}"):
+    if mode != "none" and values.startswith("topk"):
+        raise Refused(
+            f"protect={mode} sums integers at coordinates that all clients share, and with codec={settings.codec} each "
+            f"chooses its own: set codec=shared-{settings.codec}, or protect=none"
+        )
+    if mode != "none" and values not in ("float32", f"int{bits}"):
         raise Refused(
             f"protect={mode} sends integers of protect.bits={bits}, and codec={settings.codec} would make others of "
             f"them: set codec=int{bits}, or protect=none"

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from clients.coordinates import Pace
 from privacy.chain import Head
 from privacy.durable import write_atomic
 from privacy.refused import Refused
@@ -110,6 +111,8 @@ class RunFolder:
             tensors["control"] = state.control
         if state.noise is not None:
             tensors["noise"] = state.noise
+        if state.pace is not None:
+            tensors |= {f"pace/{name}": value for name, value in vars(state.pace).items()}
         rest = {
             "until": state.until,
             "round": state.round,
@@ -156,6 +159,7 @@ class RunFolder:
                 clip=rest.get("clip", 0.0),
                 control=tensors.get("control"),
                 noise=tensors.get("noise"),
+                pace=Pace(tensors["pace/speed"], tensors["pace/sent"]) if "pace/sent" in tensors else None,
             )
             row = rest["row"]
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

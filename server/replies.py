@@ -5,7 +5,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
-from clients import codecs, upload
+from clients import upload
 from clients.task import Hello, Reply, Task
 from privacy import cohort_noise
 from scenarios.settings import Settings
@@ -88,10 +88,9 @@ def summand(settings: Settings) -> Callable[[Task, Reply], combine.Part]:
 
 def reader(settings: Settings) -> Callable[[Task, Reply], combine.Contribution]:
     """How a reply whose update travelled as floats is read."""
-    codec = codecs.resolve(settings.codec)
 
     def read(task: Task, reply: Reply) -> combine.Contribution:
-        update = codec.decode(reply.payload, len(task.weights))
+        update = upload.decode(reply.payload, task, settings)
         if task.update_clip and not task.update_noise:  # noised by its client it is long, and may be
             update, _ = cohort_noise.clipped(update, task.update_clip)
         return combine.Contribution(update, weight(reply.examples, settings), reply.steps, reply.within)

@@ -11,7 +11,8 @@ from typing import Protocol
 
 import numpy as np
 
-from clients import cohort, scaffold, upload
+from clients import cohort, coordinates, scaffold, upload
+from clients.coordinates import Coordinates
 from clients.task import Hello, Reply, Task
 from privacy import accounting, cohort_noise, noise_shares
 from privacy.matrix_noise import BandedNoise
@@ -76,17 +77,20 @@ def rounds(
         # who is asked, and may they: what they could release is written down before any task goes out
         clip = state.clip or settings.privacy.update_norm
         grid, norm = gather.grid(settings, plans, len(state.weights), number, clip), clip
-        traffic = state.download, gather.sent(settings, len(state.weights), len(names), grid)
+        shared = _shared(state, settings, number)
+        down = state.download + (0 if shared is None else shared.nbytes)
+        traffic = down, gather.sent(settings, len(state.weights), len(names), grid)
         chosen = select.cohort(names, roster, settings, number, traffic, plans, state.clients)
         for name, reason in (journal.reserve(number, chosen.paid) if plans and chosen.paid else {}).items():
             chosen.leave_out(name, reason)
         tasks = [
-            _task(state, plans, settings, number, name, steps, clip, largest) for name, steps in chosen.steps.items()
+            _task(state, plans, settings, number, name, steps, clip, largest, shared)
+            for name, steps in chosen.steps.items()
         ]
         tasks = [journal.charged(task) for task in tasks]
 
         # train; what comes back is decoded and checked one by one, and combined as it comes
-        row = _new_row(state, number, chosen, tasks) | {"engine": cohort.told(settings, len(tasks))}
+        row = _new_row(state, number, chosen, down * len(tasks)) | {"engine": cohort.told(settings, len(tasks))}
         accepted: dict[str, int] = {}
         ask = partial(replies.counted, fleet, row)
         good = partial(replies.good, tasks=tasks, roster=roster, journal=journal, row=row, accepted=accepted)
@@ -100,7 +104,9 @@ def rounds(
             if summed.reason is not None:
                 accepted.clear()
         elif central is not None:
-            summed = combine.total(good(ask(tasks), replies.reader(settings)), len(state.weights))
+            summed = combine.total(
+                good(ask(tasks), replies.reader(settings)), upload.values(settings, len(state.weights))
+            )
         else:
             single = good(ask(tasks), replies.reader(settings))
             update = combined(tally.through(single) if tally else single, settings.server)
@@ -121,9 +127,11 @@ def rounds(
         row["reason"] = lost or _too_few(chosen, accepted, len(names), settings)
         if update is not None and row["reason"] is None:
             try:
-                weights, step_state = server_step.apply(state.step, state.weights, update)
+                whole = update if shared is None else coordinates.spread(update, shared, len(state.weights))
+                weights, step_state = server_step.apply(state.step, state.weights, whole)
                 control = tally.advanced() if tally else None
-                state = replace(state, weights=weights, step=step_state, clip=clip, control=control)
+                pace = None if shared is None else coordinates.paced(state.pace, update, shared, len(whole), number)
+                state = replace(state, weights=weights, step=step_state, clip=clip, control=control, pace=pace)
                 row["applied"] = True
             except OverflowError as error:
                 row["reason"] = str(error)
@@ -165,6 +173,7 @@ def _task(
     steps: int,
     clip: float,
     largest: int,
+    shared: Coordinates | None,
 ) -> Task:
     by_example, local = settings.privacy.by_example, settings.privacy.unit == "local"
     plan = plans[name] if by_example else None  # under example-level DP there is no task without a plan
@@ -177,6 +186,7 @@ def _task(
         rate=rate(settings.local, number, settings.rounds.number),
         steps=steps,
         control=state.control,
+        coordinates=shared,
         state_round=state.clients[name].last if name in state.clients else 0,
         deadline=settings.fleet.deadline if settings.fleet.clock == "wall" else 0.0,
         mechanism=plan.mechanism if plan else None,
@@ -186,6 +196,14 @@ def _task(
         shares=gather.shares(settings, plans),
         largest=largest,
     )
+
+
+def _shared(state: ServerState, settings: Settings, number: int) -> Coordinates | None:
+    """The coordinates that all clients of round `number` send, where they share them."""
+    share, _ = coordinates.split(settings.codec)
+    if share is None:
+        return None
+    return coordinates.of_round(share, len(state.weights), settings.run.seed, number, state.pace)
 
 
 def _tally(state: ServerState, roster: Mapping[str, Hello], settings: Settings, number: int) -> scaffold.Tally | None:
@@ -245,7 +263,7 @@ def _withhold(row: Row, traffic: tuple[int, int], expected: int, settings: Setti
     row["engine"] = cohort.told(settings, expected)
 
 
-def _new_row(state: ServerState, number: int, chosen: select.Cohort, tasks: Sequence[Task]) -> Row:
+def _new_row(state: ServerState, number: int, chosen: select.Cohort, down: int) -> Row:
     return {
         "round": number,
         "phase": state.phase,
@@ -257,7 +275,7 @@ def _new_row(state: ServerState, number: int, chosen: select.Cohort, tasks: Sequ
         "applied": False,
         "reason": None,
         "bytes_up": 0,
-        "bytes_down": state.download * len(tasks),
+        "bytes_down": down,
     }
 
 

@@ -82,6 +82,7 @@ class Protect(Closed):
     parameters: str | None
     security_bits: Count | None
     values: Count
+    values_sent: Count
     bits: Count | None
     range: Amount | None
     rotated: bool | None

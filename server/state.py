@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from clients.coordinates import Pace
 from scenarios.settings import Settings
 from scenarios.weights import Layout, Vector, flatten, layout
 from server import step
@@ -67,9 +68,12 @@ class ServerState:
     noise: NDArray[np.float64] | None = None
     """(privacy.bands - 1, P) noise of the last rounds, the newest first (privacy/matrix_noise.py); None: none yet."""
 
+    pace: Pace | None = None
+    """Of shared coordinates: how fast each moves (clients/coordinates.py); None: nothing was applied yet."""
+
     @property
     def download(self) -> int:
-        """Bytes of the arrays that travel to each client."""
+        """Bytes of weights and control variate, which travel to each client."""
         return self.weights.nbytes + (0 if self.control is None else self.control.nbytes)
 
 

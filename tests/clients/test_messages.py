@@ -43,6 +43,7 @@ def tasks(draw: st.DrawFn) -> Task:
         rate=draw(NUMBERS),
         steps=draw(COUNTS),
         control=np.random.default_rng(seed + 1).normal(size=size).astype(np.float32) if corrected else None,
+        coordinates=np.arange(size // 2, dtype=np.uint32) if kind == "train" and draw(st.booleans()) else None,
         state_round=draw(COUNTS),
         deadline=draw(NUMBERS),
         mechanism=Mechanism(draw(st.floats(1e-9, 1)), draw(st.floats(1e-9, 1e6))) if private else None,
@@ -78,7 +79,11 @@ def test_a_task_survives_the_journey_to_the_bit(task: Task) -> None:
     if arrived.control is not None and task.control is not None:
         assert arrived.control.tobytes() == task.control.tobytes()
         assert arrived.control.dtype == np.float32
-    assert replace(arrived, weights=task.weights, control=task.control) == task
+    assert (arrived.coordinates is None) == (task.coordinates is None)
+    if arrived.coordinates is not None and task.coordinates is not None:
+        assert arrived.coordinates.tobytes() == task.coordinates.tobytes()
+        assert arrived.coordinates.dtype == np.uint32
+    assert replace(arrived, weights=task.weights, control=task.control, coordinates=task.coordinates) == task
 
 
 @given(st.binary(max_size=200), st.floats(-1e9, 1e9), st.tuples(COUNTS, COUNTS, COUNTS), st.none() | HEADS)
@@ -127,6 +132,12 @@ def array(record: RecordDict, name: str = "flat", **changes: object) -> RecordDi
     old = arrays.get(name, arrays["flat"])
     values = {"dtype": old.dtype, "shape": old.shape, "stype": old.stype, "data": old.data} | changes
     return RecordDict({**record, "arrays": ArrayRecord(arrays | {name: Array(**values)})})
+
+
+def shared(record: RecordDict, **changes: object) -> RecordDict:
+    """`record` with two coordinates, changed."""
+    values = {"dtype": "uint32", "shape": (2,), "stype": "umbel.uint32.v1", "data": bytes(8)} | changes
+    return array(record, "coordinates", **values)
 
 
 TASK_LIES: dict[str, Callable[[RecordDict], RecordDict]] = {
@@ -183,6 +194,12 @@ TASK_LIES: dict[str, Callable[[RecordDict], RecordDict]] = {
     "a control variate in numpy's own format": lambda r: array(r, "control", stype="numpy.ndarray"),
     "a control variate that is no number": lambda r: array(r, "control", data=np.full(8, np.nan, "<f4").tobytes()),
     "a control variate where nothing is trained": lambda r: fields(array(r, "control"), kind="evaluate"),
+    "coordinates of another dtype": lambda r: shared(r, dtype="int32"),
+    "coordinates of another type": lambda r: shared(r, stype="umbel.float32.v1"),
+    "coordinates cut short": lambda r: shared(r, data=bytes(7)),
+    "coordinates of a shape that lies": lambda r: shared(r, shape=(2**40,)),
+    "more coordinates than weights": lambda r: shared(r, data=bytes(36), shape=(9,)),
+    "coordinates where nothing is trained": lambda r: fields(shared(r), kind="evaluate"),
     "weights that are no numbers": lambda r: array(r, data=np.full(8, np.nan, "<f4").tobytes()),
 }
 
@@ -230,6 +247,12 @@ def test_an_answer_of_the_protocol_may_be_longer_than_a_model_is_and_not_without
     assert messages.decode_reply(messages.encode_reply(shares), asked) == shares
     with pytest.raises(ValueError, match="a payload of 2000000 bytes"):
         messages.decode_reply(messages.encode_reply(replace(shares, payload=bytes(2_000_000))), asked)
+
+
+def test_a_task_with_coordinates_that_nobody_has_tampered_with_is_read() -> None:
+    task = messages.decode_task(shared(messages.encode_task(a_task())))
+    assert task.coordinates is not None
+    assert task.coordinates.tolist() == [0, 0]  # which there may be is for the client to say
 
 
 @pytest.mark.parametrize("lie", TASK_LIES)

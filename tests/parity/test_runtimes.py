@@ -39,6 +39,7 @@ NOISE = {
     "with noise and control variates": "privacy.noise_seed=1 local.scaffold=true local.steps=3",
     "without": "privacy.unit=none",  # and with the residual of topk in the place of control variates
     "integers": "privacy.unit=client privacy.epsilon=50 privacy.noise_seed=1 codec=int9",
+    "coordinates": "privacy.unit=client privacy.epsilon=50 privacy.noise_seed=1 codec=shared-topk:0.1:int9",
     "masked": "privacy.noise_seed=1 protect=masked codec=int16 rounds.number=1",  # five messages a round
 }
 

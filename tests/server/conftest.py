@@ -38,6 +38,7 @@ REAL = {
     "fixed": "privacy.unit=client privacy.sampling=fixed privacy.epsilon=30 rounds.fraction=0.5",
     "turns": "privacy.unit=client privacy.bands=2 privacy.epsilon=9",
     "masked": "privacy.unit=client privacy.epsilon=9 protect=masked",
+    "masked-coordinates": "privacy.unit=client privacy.epsilon=9 protect=masked codec=shared-topk:0.3",
     "masked-secret": "privacy.unit=client privacy.epsilon=9 rounds.fraction=0.97 protect=masked",
     "masked-both": "privacy.unit=both privacy.client_epsilon=9 local.batch=0 rounds.fraction=0.97 protect=masked",
 }

@@ -181,6 +181,8 @@ def exact_sum(folder: Path, text: str) -> np.ndarray:
         f"{SHARES} faults.dropout=0.2",
         f"{SHARES} faults.dropout=0.2 protect.trust=shared protect.bits=4",
         "privacy.unit=local privacy.epsilon=50 privacy.noise_seed=1 privacy.clip=0.2",
+        "codec=shared-topk:0.2:int16 faults.dropout=0.2",
+        f"{CLIENT} codec=shared-topk:0.2:int16 protect.trust=split server.step=adam",
     ],
 )
 def test_the_weights_are_those_of_integers_in_the_clear_to_the_bit(site: Any, tmp_path: Path, text: str) -> None:

@@ -87,6 +87,8 @@ WAYS = {
     "scaffold": "local.scaffold=true",
     "float16": "codec=float16",
     "top-k": "codec=topk:0.2",
+    "shared coordinates": "codec=shared-topk:0.3",
+    "integers": "codec=int16",
     "dropouts": "faults.dropout=0.3",
     "deadline": "fleet.profile=edge fleet.deadline=5",
     "example": "privacy.unit=example privacy.noise_seed=2",

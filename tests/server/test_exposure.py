@@ -142,11 +142,12 @@ def test_a_key_holder_that_reads_sums_is_bounded_by_what_bounds_the_server(real_
 # ---- Figures ----
 
 
-def test_a_masked_client_is_said_to_send_what_the_rounds_counted(real_run):
-    found = report_of(real_run("masked"))
+@pytest.mark.parametrize("kind", ["masked", "masked-coordinates"])
+def test_a_masked_client_is_said_to_send_what_the_rounds_counted(real_run, kind):
+    found = report_of(real_run(kind))
     said = found["protect"]["upload_bytes_per_client"]
     assert found["bytes"]["up"] == 3 * 6 * said
-    assert said > gather.sent(override(Settings(), "codec=int16"), found["protect"]["values"], 6)
+    assert said > gather.sent(override(Settings(), "codec=int16"), found["protect"]["values_sent"], 6)
 
 
 def test_secret_rounds_count_the_bytes_of_the_cohort_expected_by_the_same_figure(real_run):

@@ -132,6 +132,8 @@ def rejected(heard: Heard) -> list[dict[str, str]]:
         "privacy.unit=both privacy.client_epsilon=20 privacy.noise_seed=1",
         "privacy.unit=local privacy.epsilon=50 privacy.noise_seed=1 privacy.clip=0.2",
         "protect.range=0.5",
+        "codec=shared-topk:0.2:int16 faults.dropout=0.2 run.seed=3",
+        f"{CLIENT} codec=shared-topk:0.2:int16 privacy.adapt=true faults.dropout=0.2 run.seed=3",
     ],
 )
 def test_the_weights_are_those_of_the_same_integers_in_the_clear(tmp_path: Path, text: str) -> None:

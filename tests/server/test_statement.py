@@ -17,7 +17,7 @@ from server.wording import UNITS
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("none", "example", "sampled", "seeded", "client", "secret", "adaptive", "both", "local", "fixed", "turns")
-KINDS += ("masked", "masked-secret", "masked-both")
+KINDS += ("masked", "masked-coordinates", "masked-secret", "masked-both")
 
 
 def report_of(folder: Path) -> dict[str, Any]:
