@@ -254,16 +254,22 @@ def _alike(node: Node, members: Sequence[Admitted]) -> Iterator[Sequence[Admitte
 
 def _batches(node: Node, members: Sequence[Admitted]) -> gram.Batches:
     cuts = [list(sgd.shuffled(len(mine.examples.y), mine.task, node.settings)) for mine in members]
-    longest, largest = max(map(len, cuts)), max(len(batch) for cut in cuts for batch in cut)
-    first, labels = members[0].examples
-    x_KRX = first.new_zeros(len(members), longest * largest, *first.shape[1:])
-    y_KR = labels.new_zeros(len(members), longest * largest)
-    live_KTB = torch.zeros(len(members), longest, largest, dtype=torch.bool)
+    sizes = [[batch.shape[0] for batch in batches] for batches in cuts]
+    T, B = max(map(len, sizes)), max(map(max, sizes))
+    full = all(len(steps) == T and min(steps) == B for steps in sizes)
+    x, y = members[0].examples
+    make = torch.Tensor.new_empty if full else torch.Tensor.new_zeros
+    x_KRX, y_KR = make(x, (len(members), T * B, *x.shape[1:])), make(y, (len(members), T * B))
+    live_KTB = torch.zeros(len(members), T, B, dtype=torch.bool)
     for k, (mine, batches) in enumerate(zip(members, cuts, strict=True)):
-        for t, batch in enumerate(batches):
-            live_KTB[k, t, : len(batch)] = True
-        drawn, rows = torch.cat(batches), live_KTB[k].flatten().nonzero()[:, 0]
+        drawn = torch.cat(batches)
+        if full:
+            torch.index_select(mine.examples.x, 0, drawn, out=x_KRX[k])
+            torch.index_select(mine.examples.y, 0, drawn, out=y_KR[k])
+            continue
+        for t, size in enumerate(sizes[k]):
+            live_KTB[k, t, :size] = True
+        rows = live_KTB[k].flatten().nonzero()[:, 0]
         x_KRX[k].index_copy_(0, rows, mine.examples.x[drawn])
         y_KR[k].index_copy_(0, rows, mine.examples.y[drawn])
-    full = bool(live_KTB.all())
-    return gram.Batches(x_KRX, y_KR, None if full else live_KTB, tuple(map(len, cuts)), largest)
+    return gram.Batches(x_KRX, y_KR, None if full else live_KTB, tuple(map(len, sizes)), B)

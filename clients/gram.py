@@ -98,8 +98,8 @@ def train(
     weights, K, B = [layer.of(start) for layer in chain.layers], len(batches.steps), batches.batch
     x = chain.functions[0](batches.x_KRX.flatten(0, 1)).view(K, batches.y_KR.shape[1], -1)
     R = x.shape[1]
-    inputs = [x] + [start.new_zeros(K, R, layer.inputs) for layer in chain.layers[1:]]
-    returned = [start.new_zeros(K, R, layer.outputs) for layer in chain.layers]
+    inputs = [x] + [start.new_empty(K, R, layer.inputs) for layer in chain.layers[1:]]
+    returned = [start.new_empty(K, R, layer.outputs) for layer in chain.layers]
     first = _forward(weights[0], x)  # of all steps at once: nothing of x depends on a step
     products = torch.bmm(x, x.transpose(1, 2))
     kept = start.new_ones(K, 1, 1)
