@@ -16,7 +16,7 @@ from privacy.refused import Refused
 from scenarios import Scenario, build_model
 from scenarios.settings import Settings, knobs
 from scenarios.weights import Vector, flatten, layout, unflatten
-from server import accounts, budget, combine, edge, facts, key_home, pairs, report, select, signature, step
+from server import accounts, budget, combine, edge, evaluation, facts, key_home, pairs, report, select, signature, step
 from server.accounts import Accounts, Exhausted
 from server.gather import Gather, clear, grid
 from server.masked import Masked
@@ -143,9 +143,10 @@ def prepare(
             roster = {name: roster[name] for name in sorted(start["clients"])}  # who came later has no plan
             tests = budget.test_plans(roster, settings)
             charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, start, tests, before)
-        score = scorer(node, fleet, sorted(roster), tests, charged)
         tell = progress.status if runtime == "deployment" else lambda text: None  # elsewhere a stage is over at once
         gathered = _gathered(node, folder, fleet, roster, plans, runtime, tell)
+        summed = evaluation.summed(gathered, folder, roster, settings)
+        score = scorer(node, fleet, sorted(roster), tests, charged, summed)
     except Refused:
         if start is None:
             folder.discard()
@@ -185,6 +186,11 @@ def enough(roster: Mapping[str, Hello], settings: Settings) -> None:
         raise Refused(
             f"a round may sum {most} clients, more than protect.max_clients={settings.protect.max_clients} leaves room "
             f"for: set protect.max_clients={most}"
+        )
+    if settings.sums_tests and len(roster) > settings.protect.max_clients:
+        raise Refused(
+            f"an evaluation sums the test results of all {len(roster)} clients (evaluation.on=clients), more than "
+            f"protect.max_clients={settings.protect.max_clients} leaves room for: set protect.max_clients={len(roster)}"
         )
     hidden, least = settings.protect.mode != "none", select.least_summed(len(roster), settings)
     if hidden and drawn < masking.LEAST:
