@@ -1,7 +1,6 @@
 """One client's local work: what it says at first, how it trains, how it evaluates; the same on every runtime."""
 
 import copy
-import hashlib
 import hmac
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -66,11 +65,17 @@ def hello(node: Node, name: str, said: Device = Device()) -> Hello:
 
 def digest(states: Path, examples: Examples) -> str:
     """A fingerprint of data, keyed by the node's own secret: it shows a change, and identifies nothing to others."""
-    keyed = hmac.new(durable.secret(states / "key"), digestmod=hashlib.sha256)
-    for part in examples:
-        keyed.update(f"{part.dtype} {tuple(part.shape)} ".encode())
-        keyed.update(part.contiguous().numpy().tobytes())
-    return keyed.hexdigest()
+    return fingerprint(durable.secret(states / "key"), examples).hex()
+
+
+def fingerprint(key: bytes, examples: Examples) -> bytes:
+    """The 32 bytes of `digest` under the secret `key`."""
+    said = [
+        piece
+        for part in examples
+        for piece in (f"{part.dtype} {tuple(part.shape)} ".encode(), part.contiguous().numpy().tobytes())
+    ]
+    return hmac.digest(key, b"".join(said), "sha256")
 
 
 def answer(node: Node, task: Task) -> Reply:
@@ -112,7 +117,7 @@ def _train(node: Node, task: Task) -> Reply:
     examples = node.federation.client(task.client)
     model = _model(node, task)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(settings.run.seed, "layers", task.round, task.client))
+        torch.default_generator.manual_seed(derive(settings.run.seed, "layers", task.round, task.client))  # CPU's alone
         steps = train(model, examples, node.scenario.loss, task, settings.local, settings, correction)
     if not steps:
         return Reply(task.round, task.client, reason="the deadline came before its first step", late=True)
