@@ -13,122 +13,24 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "contenders"))
 
-import pfl_environment
 import table
 import torch
-from agreement import TOLERANCE, agrees, apart
-from catalogue import WORKLOADS, Written, scaled, write
-from lineup import LAYOUTS, LINEUP, TRUTH, Contender, Layout
-from running import Asked, Outcome, run
+from agreement import TOLERANCE
+from catalogue import WORKLOADS
+from comparison import Comparison
+from lineup import LAYOUTS, LINEUP, shown
 
 from privacy.refused import Refused
-from scenarios.settings import Settings, override
 
 PEERS = tuple(contender.name for contender in LINEUP if contender.peer)
-
-
-class Bench:
-    """One call of the benchmark: what was asked for, and who is to run."""
-
-    def __init__(self, chosen: argparse.Namespace) -> None:
-        self.chosen = chosen
-        self._slow: set[str] = set()
-        """Who did not come to an end with fewer no-op clients."""
-        self.absent = {contender.name: why for contender in LINEUP if (why := self._missing(contender))}
-        self._pythons = {"pfl": pfl_environment.python()} if "pfl" in chosen.peers else {}
-
-    def _missing(self, contender: Contender) -> str:
-        """Why a contender takes no part in this call; empty: it does."""
-        if contender.peer and contender.name not in self.chosen.peers:
-            return "not among --peers"
-        if self.chosen.device not in contender.devices:
-            return f"does not run on {self.chosen.device}"
-        try:
-            override(Settings(), contender.settings.format(processes=1, threads=1))
-        except Refused as reason:
-            return str(reason)
-        return ""
-
-    def compare(self, name: str, folder: Path) -> tuple[Written, dict[str, table.Row]]:
-        """Time everybody who can do the workload `name`."""
-        workload, rounds = WORKLOADS[name], self.chosen.warmup + self.chosen.rounds
-        if self.chosen.scale > 1:
-            workload = scaled(workload, self.chosen.scale)
-        tell(f"{name}: writing the workload")
-        written = write(workload, rounds, folder / name)
-        entered = [one for one in LINEUP if one.name not in self.absent and name[0] in one.workloads]
-        entered = [one for one in entered if one.name not in self._slow]
-        best: dict[Contender, Layout] = {}
-        failed: dict[str, Outcome] = {}
-        for contender in entered:
-            best[contender], reason = self._layout(contender, written)
-            if reason:
-                failed[contender.name] = Outcome(reason=reason)
-                self._slow |= {contender.name} if name[0] == "N" else set()
-        running = [one for one in entered if one.name not in failed]
-        distances = self._distances(running, written, best)
-        outcomes: dict[str, list[Outcome]] = {one.name: [] for one in running}
-        for repeat in range(self.chosen.repeats):
-            for one in running:
-                tell(f"{name}: {one.name} {_shown(best[one])}, repeat {repeat + 1} of {self.chosen.repeats}")
-                outcomes[one.name].append(self._run(one, written.timed, best[one]))
-        rows = {}
-        for one in entered:
-            distance = distances.get(one.name)
-            same = one.compared and distance is not None and agrees(distance)
-            found = [failed[one.name]] if one.name in failed else outcomes[one.name]
-            rows[one.name] = table.row(found, _shown(best[one]), distance, same)
-        return written, rows
-
-    def _run(self, one: Contender, workload: Path, layout: Layout, rounds: int = 0, warmup: int = -1) -> Outcome:
-        chosen = self.chosen
-        asked = Asked(one, workload, layout, rounds or chosen.rounds, chosen.warmup if warmup < 0 else warmup)
-        python = self._pythons.get(one.name, sys.executable)
-        return run(replace(asked, device=chosen.device, limit=chosen.limit, python=python))
-
-    def _layout(self, contender: Contender, written: Written) -> tuple[Layout, str]:
-        """(the layout in which a short trial was fastest, why there is none)."""
-        layouts = [one for one in contender.layouts if one in self.chosen.layouts] or list(contender.layouts[:1])
-        if len(layouts) == 1:
-            return layouts[0], ""
-        seconds: dict[Layout, float] = {}
-        for layout in layouts:
-            tell(f"{written.workload.name}: {contender.name} {_shown(layout)}, trial")
-            warmup = min(1, self.chosen.warmup)
-            outcome = self._run(contender, written.timed, layout, min(5, self.chosen.rounds), warmup)
-            if outcome.reason:
-                return layout, outcome.reason
-            seconds[layout] = outcome.seconds
-        return min(seconds, key=seconds.__getitem__), ""
-
-    def _distances(
-        self, running: Sequence[Contender], written: Written, best: dict[Contender, Layout]
-    ) -> dict[str, float]:
-        """How far the weights of each are from the truth's after one noise-free round."""
-        weights = {}
-        for one in running:
-            if one.compared:
-                tell(f"{written.workload.name}: {one.name}, one noise-free round")
-                outcome = self._run(one, written.noiseless, best[one], 1, 0)
-                if outcome.weights is not None:
-                    weights[one.name] = outcome.weights
-                else:
-                    tell(f"{one.name}: {outcome.reason}")
-        truth = next((name for name in TRUTH if name in weights), None)
-        return apart(weights, truth) if truth else {}
-
-
-def tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -141,10 +43,6 @@ def machine(device: str) -> dict[str, Any]:
 def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text().splitlines() if path.exists() else []
-
-
-def _shown(layout: Layout) -> str:
-    return f"{layout[0]}x{layout[1]}"
 
 
 def options() -> argparse.Namespace:
@@ -169,7 +67,7 @@ def options() -> argparse.Namespace:
     chosen.peers = [] if chosen.peers == "none" else chosen.peers.split(",")
     if unknown := [name for name in chosen.peers if name not in PEERS]:
         parser.error(f"there is no peer {unknown[0]!r}: choose of none, {', '.join(PEERS)}")
-    known = {_shown(layout): layout for layout in LAYOUTS}
+    known = {shown(layout): layout for layout in LAYOUTS}
     if unknown := [name for name in chosen.layouts.split(",") if name not in known]:
         parser.error(f"there is no layout {unknown[0]!r}: choose of {', '.join(known)}")
     chosen.layouts = [known[name] for name in chosen.layouts.split(",")]
@@ -183,20 +81,25 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Run, print, write."""
     chosen = options()
-    bench, out = Bench(chosen), sys.stderr if chosen.json == "-" else sys.stdout
-    found: dict[str, Any] = {"machine": machine(chosen.device), "absent": bench.absent}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the contender that runs is ended as by Ctrl-C
+    comparison, out = Comparison(chosen), sys.stderr if chosen.json == "-" else sys.stdout
+    found: dict[str, Any] = {"machine": machine(chosen.device), "absent": comparison.absent}
     print(", ".join(f"{key} {value}" for key, value in found["machine"].items()), file=out)
     print(f"{chosen.warmup} + {chosen.rounds} rounds, {chosen.repeats} repeats; p x t: processes x threads", file=out)
-    print(f"apart: max|dw| / max|w| after one noise-free round, at most {TOLERANCE:g} for a ratio\n", file=out)
-    for name, why in bench.absent.items():
+    print(f"apart: max|dw| / max|w| after one noise-free round, at most {TOLERANCE:g} for a ratio", file=out)
+    print("/ limit: times what the workload's arithmetic or traffic takes at this machine's best rates\n", file=out)
+    for name, why in comparison.absent.items():
         print(f"{name} takes no part: {why}", file=out)
-    found |= {"workloads": {}, "ratios": {}, "about": {}}
+    found |= {"workloads": {}, "ratios": {}, "limits": {}, "about": {}}
     with tempfile.TemporaryDirectory(prefix="umbel-bench-") as folder:
         for name in chosen.workloads:
-            written, rows = bench.compare(name, Path(folder))
-            found["workloads"][name], found["ratios"][name] = rows, table.ratios(rows)
-            found["about"][name] = {"summary": written.summary, "data": written.data}
-            print("\n".join(table.lines(name, f"{written.summary} ({written.data})", rows)), end="\n\n", file=out)
+            result = comparison.of(name, Path(folder))
+            found["workloads"][name], found["limits"][name] = result.rows, result.limit
+            found["ratios"][name] = table.ratios(result.rows) | table.beside_noise(found["workloads"], name)
+            found["about"][name] = {"summary": result.written.summary, "data": result.written.data}
+            summary = f"{result.written.summary} ({result.written.data})"
+            print("\n".join(table.lines(name, summary, result.rows, result.limit)), file=out)
+            print("\n".join(table.notes(name, found["ratios"][name], result.limit)), end="\n\n", file=out)
     if chosen.json:
         text = json.dumps(found, indent=2)
         print(text) if chosen.json == "-" else Path(chosen.json).write_text(text + "\n")

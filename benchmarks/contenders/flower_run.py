@@ -5,6 +5,7 @@ Client-level DP is Flower's own wrapper, which clips and noises on the server.
 """
 
 import os
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def main() -> None:
 
         strategy.aggregate_train = aggregate_train  # type: ignore[method-assign]
         while len(list(grid.get_node_ids())) < workload.clients:
-            pass
+            time.sleep(0.05)
         trial.begin()
         result = strategy.start(grid, ArrayRecord(model.state_dict()), num_rounds=trial.rounds)
         final["state"] = result.arrays.to_torch_state_dict()

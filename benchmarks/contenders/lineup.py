@@ -8,6 +8,11 @@ Layout = tuple[int, int]
 LAYOUTS: tuple[Layout, ...] = ((1, 1), (1, 2), (2, 1))
 
 
+def shown(layout: Layout) -> str:
+    """As it is written in tables."""
+    return f"{layout[0]}x{layout[1]}"
+
+
 @dataclass(frozen=True)
 class Contender:
     """One line of the table."""
@@ -22,7 +27,7 @@ class Contender:
     peer: bool = False
     devices: tuple[str, ...] = ("cpu",)
     compared: bool = True
-    """Whether it trains anything whose weights could be compared."""
+    """Whether it trains anything whose weights could be compared; else it runs in the layouts of those that do."""
 
     @property
     def path(self) -> Path:

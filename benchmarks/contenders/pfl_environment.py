@@ -17,13 +17,14 @@ def python() -> str:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     folder = cache / "umbel" / f"benchmark-pfl-{VERSION}-torch-{same}"
     found = folder / "bin" / "python"
+    index = os.environ.get("TORCH_INDEX", "").split()  # as in the Makefile
     if (folder / "ready").exists():
         return str(found)
     shutil.rmtree(folder, ignore_errors=True)
     print(f"making the environment of pfl {VERSION} in {folder}", file=sys.stderr, flush=True)
     for command in (
         [sys.executable, "-m", "venv", str(folder)],
-        [str(found), "-m", "pip", "install", "--quiet", f"pfl=={VERSION}", f"torch=={same}"],
+        [str(found), "-m", "pip", "install", "--quiet", f"pfl=={VERSION}", f"torch=={same}", *index],
     ):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 
@@ -55,7 +56,7 @@ def test_a_contender_with_other_weights_gets_no_ratio(contenders):
     other[7] += 2e-4
     found = {"torch-loop": weights, "umbel": weights * (1 + 1e-6), "flower": other, "pfl": weights[1:]}
     rows = {
-        name: table.row([running.Outcome(seconds=1.0)], "1x1", distance, agreement.agrees(distance))
+        name: table.row([running.Outcome(seconds=1.0)], (1, 1), distance, agreement.agrees(distance))
         for name, distance in agreement.apart(found, "torch-loop").items()
     }
     assert table.ratios(rows).keys() == {"torch-loop / umbel"}
@@ -65,3 +66,10 @@ def test_an_unknown_workload_is_one_line():
     done = simulation("--workloads", "Q")
     assert done.returncode == 2
     assert "there is no workload 'Q'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_one_line():
+    done = simulation("--workloads", "A", "--device", "cuda")
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stderr.splitlines()[-1]
