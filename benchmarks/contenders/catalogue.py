@@ -37,6 +37,8 @@ WORKLOADS = {
     "E": Workload("E", "gru", clients=100, cohort=10, examples=50, batch=10, steps=5, rate=0.1),
     **{f"N-{size}": replace(_N, name=f"N-{size}", clients=size) for size in (1_000, 10_000, 100_000, 1_000_000)},
 }
+_TIGHT = 0.1
+"""Clipping norm of the noise-free round: at 1 the first updates of A are within it, and nobody would have to clip."""
 _SUMMARIES = {
     "A": "2NN, 199,210 weights, {clients} clients x {examples} examples, {cohort} a round, E=1, B=10, SGD 0.1",
     "B": "CNN, 1,663,370 weights, {clients} clients x {examples}, {cohort} a round, E=1, B=10, SGD 0.1",
@@ -88,10 +90,10 @@ def write(workload: Workload, rounds: int, folder: Path) -> Written:
     np.save(folder / "orders.npy", np.array(orders, np.uint16))
     timed, noiseless = folder / "timed.json", folder / "noiseless.json"
     replace(workload, settings=settings).write(timed)
-    whole, words = workload.batch, f"{settings} privacy.noise_seed=0"
+    whole, words = workload.batch, f"{settings} privacy.noise_seed=0 privacy.clip={_TIGHT}"
     if workload.unit == "example":
         whole, words = 0, f"{words} local.batch=0 local.steps={workload.steps} privacy.epsilon=1000"
-    replace(workload, noise=0.0, batch=whole, settings=words).write(noiseless)
+    replace(workload, noise=0.0, clip=_TIGHT, batch=whole, settings=words).write(noiseless)
     return Written(workload, timed, noiseless, data)
 
 

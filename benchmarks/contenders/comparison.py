@@ -4,12 +4,11 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pfl_environment
 import table
 from agreement import agrees, apart
@@ -66,36 +65,28 @@ class Comparison:
         tell(f"{name}: writing the workload")
         written = write(workload, self._chosen.warmup + self._chosen.rounds, folder / name)
         entered = [one for one in LINEUP if one.name not in self.absent and name[0] in one.workloads]
-        late = {one.name for one in entered} & self._too_slow
-        failed = dict.fromkeys(late, Outcome(reason="not asked: it did not come to an end with fewer clients"))
-        best: dict[str, Layout] = {one.name: one.layouts[0] for one in entered}
-        weights: dict[str, np.ndarray[Any, Any]] = {}
-        for one in (one for one in entered if one.compared and one.name not in failed):
-            best[one.name], outcome = self._layout(one, written)
-            if not outcome.reason:
-                outcome = self._noiseless(one, written, best[one.name])
-            if outcome.weights is None:
-                failed[one.name] = outcome
-                self._too_slow |= {one.name} if name[0] == "N" else set()
-            else:
-                weights[one.name] = outcome.weights
-        truth = next((one for one in TRUTH if one in weights), None)
-        distances = apart(weights, truth) if truth else {}
-        used = dict.fromkeys(best[one] for one in weights)
-        entries = [(one, best[one.name]) for one in entered if one.name in weights]
-        entries += [(one, layout) for one in entered if not one.compared for layout in used]
+        ready = {one: self._ready(one, written) for one in entered if one.compared}
+        fit = {one: layout for one, (layout, noiseless) in ready.items() if noiseless.weights is not None}
+        entries = [
+            *fit.items(),
+            *((one, layout) for one in entered if not one.compared for layout in set(fit.values())),
+        ]
         outcomes = self._in_turn(entries, written)
-        rows: dict[str, table.Row] = {}
-        for one in entered:
-            mine = {layout: found for (other, layout), found in outcomes.items() if other is one}
-            if one.compared:
-                found = mine.get(best[one.name], [failed.get(one.name, Outcome(reason="not run"))])
-                distance = distances.get(one.name)
-                rows[one.name] = table.row(found, best[one.name], distance, distance is not None and agrees(distance))
-            elif mine:
-                rows[one.name] = table.fastest(mine)
-        noise = {layout: found for (one, layout), found in outcomes.items() if not one.compared}
-        return Result(written, table.without_noise(rows, noise), None if name[0] == "N" else self._limit(written))
+        return Result(written, _rows(ready, outcomes), None if name[0] == "N" else self._limit(written))
+
+    def _ready(self, one: Contender, written: Written) -> tuple[Layout, Outcome]:
+        """(its layout, its noise-free round in that layout); an outcome with a reason if it cannot take part."""
+        no_op = written.workload.name[0] == "N"
+        if no_op and one.name in self._too_slow:
+            return one.layouts[0], Outcome(reason="not asked: it did not come to an end with fewer clients")
+        layout, outcome = self._layout(one, written)
+        if not outcome.reason:
+            tell(f"{written.workload.name}: {one.name} {shown(layout)}, one noise-free round")
+            outcome = self._run(one, written.noiseless, layout, 1, 0)
+        if outcome.reason:
+            tell(f"{one.name}: {outcome.reason}")
+            self._too_slow |= {one.name} if no_op else set()
+        return layout, outcome
 
     def _in_turn(self, entries: Sequence[Entry], written: Written) -> dict[Entry, list[Outcome]]:
         """Every entry's runs: all of them once, then all again."""
@@ -130,13 +121,6 @@ class Comparison:
         best = min(found, key=lambda layout: found[layout].seconds)
         return best, found[best]
 
-    def _noiseless(self, one: Contender, written: Written, layout: Layout) -> Outcome:
-        tell(f"{written.workload.name}: {one.name} {shown(layout)}, one noise-free round")
-        outcome = self._run(one, written.noiseless, layout, 1, 0)
-        if outcome.reason:
-            tell(f"{one.name}: {outcome.reason}")
-        return outcome
-
     def _limit(self, written: Written) -> dict[str, Any] | None:
         """What the machine could do at best; None, and a line, where that cannot be measured."""
         tell(f"{written.workload.name}: the machine's limit")
@@ -147,6 +131,23 @@ class Comparison:
             tell(f"no limit: {done.stderr.strip().splitlines()[-1]}")
             return None
         return dict(json.loads(done.stdout))
+
+
+def _rows(
+    ready: Mapping[Contender, tuple[Layout, Outcome]], outcomes: Mapping[Entry, Sequence[Outcome]]
+) -> dict[str, table.Row]:
+    """Every contender's row; whoever trains something is held against the truth first."""
+    weights = {one.name: found.weights for one, (_, found) in ready.items() if found.weights is not None}
+    truth = next((one for one in TRUTH if one in weights), None)
+    distances = apart(weights, truth) if truth else {}
+    rows: dict[str, table.Row] = {}
+    for one, (layout, noiseless) in ready.items():
+        distance = distances.get(one.name)
+        same = distance is not None and agrees(distance)
+        rows[one.name] = table.row(outcomes.get((one, layout), [noiseless]), layout, distance, same)
+    noise = {layout: found for (one, layout), found in outcomes.items() if not one.compared}
+    rows |= {one.name: table.fastest(noise) for one, _ in outcomes if not one.compared}
+    return table.without_noise(rows, noise)
 
 
 def tell(line: str) -> None:

@@ -62,6 +62,14 @@ def test_a_contender_with_other_weights_gets_no_ratio(contenders):
     assert table.ratios(rows).keys() == {"torch-loop / umbel"}
 
 
+def test_a_run_that_takes_too_long_is_given_up_and_says_how_far_it_came():
+    done = simulation("--workloads", "N-1000", "--scale", "100", "--layouts", "1x1", "--limit", "0.1", "--json")
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)["workloads"]["N-1000"]["umbel"]
+    assert row["reason"].startswith("no round in 0 s")
+    assert "median" not in row
+
+
 def test_an_unknown_workload_is_one_line():
     done = simulation("--workloads", "Q")
     assert done.returncode == 2
