@@ -15,7 +15,7 @@ sys.path.insert(0, str(HOUSE))
 
 from workload import CHARACTERS, MODELS, Workload  # noqa: E402
 
-from clients.training import _shuffled  # noqa: E402
+from clients.sgd import _shuffled  # noqa: E402
 from privacy import accounting  # noqa: E402
 from privacy.plan import Mechanism  # noqa: E402
 from privacy.refused import Refused  # noqa: E402
