@@ -136,7 +136,7 @@ def _setup(scenario: Scenario, settings: Settings, start: Mapping[str, Any] | No
     else:
         assert data is not None
         sizes = dict(data.sizes)
-        plans = budget.plans({name: Hello(name, size, "") for name, size in sizes.items()}, settings)
+        plans = dict(budget.plans({name: Hello(name, size, "") for name, size in sizes.items()}, settings))
     return Setup(scenario, settings, sizes, plans, data, states, seed)
 
 

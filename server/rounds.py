@@ -171,7 +171,8 @@ def worst_epsilon(
     """
     if not plans:
         return None
-    table = planned(plans, state.clients.names if isinstance(state.clients, Spendings) else named(plans))
+    known = state.clients.names if isinstance(state.clients, Spendings) else named({*plans, *state.clients})
+    table = planned(plans, known)
     spent = spendings(state.clients, table.names)
     at = np.flatnonzero(table.which >= 0) if of is None else spent.places(of)
     kinds = dict.fromkeys(zip(table.which[at].tolist(), spent.rows["steps"][at].tolist(), strict=True))

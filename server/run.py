@@ -138,7 +138,7 @@ def prepare(
         server_data = {name: digest(folder.states, part) for name, part in held.items() if part is not None}
         if start is None:
             progress.status("calibrating noise")
-            plans: Mapping[str, Plan] = budget.plans(roster, settings)
+            plans = budget.plans(roster, settings)
             tests = budget.test_plans(roster, settings)
             charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, None, tests, before)
             roster = start_of_run.write(folder, roster, plans, server_data, settings, charged.evidence())

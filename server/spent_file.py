@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from privacy.durable import sync_folder
 from scenarios.numbered import Names, Numbered
 from server.spendings import ROW, Spendings
 from server.state import Spent
@@ -71,6 +72,4 @@ class SpentFile:
         partial = self._path.with_name(self._path.name + ".partial")
         np.lib.format.open_memmap(partial, "w+", ROW, (clients,))  # a hole: what nobody wrote to takes no room
         partial.replace(self._path)
-        folder = os.open(self._path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+        sync_folder(self._path.parent)

@@ -16,15 +16,19 @@ from torch import nn
 
 from clients import roster
 from clients.task import Hello
+from privacy import accounting
+from privacy.ledger import Account, Ledger
+from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario
 from scenarios.numbered import ByName, Listed, Numbered
 from scenarios.settings import Settings, override
+from server import client_rows, select, spent_file, verify
 from server import run as job
-from server import spent_file
 from server.embedded import EmbeddedFleet
 from server.record import RunFolder
-from server.rounds import rounds
+from server.report import MOST_CLIENTS
+from server.rounds import rounds, worst_epsilon
 from server.score import NOTHING
 from server.spendings import Spendings
 from server.state import Row, ServerState, Spent, first_state
@@ -238,6 +242,69 @@ def test_a_round_touches_only_its_cohort(tmp_path: Path) -> None:
     small, large = touched(tmp_path / "small", 20_000), touched(tmp_path / "large", 60_000)
     assert small == large
     assert large["data"] == 3 * 50
+
+
+@given(
+    data=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40), st.integers(0, 4)), min_size=1, max_size=12),
+    unit=st.sampled_from(["example", "both", "client"]),
+)
+def test_who_can_pay_and_what_was_spent_are_what_each_client_would_answer(
+    data: list[tuple[int, int, int]], unit: str
+) -> None:
+    """data: examples, steps and rounds as a whole that each client has spent."""
+    settings = override(Settings(), f"privacy.unit={unit} local.batch=1 rounds.number=3 privacy.epsilon=30")
+    names = Numbered(len(data))
+    met = {name: Hello(name, examples, "") for name, (examples, _, _) in zip(names, data, strict=True)}
+    mechanism = Mechanism(1.0, 9.0)
+    both = Plan(mechanism, 1.0, 9.0, 1e-5, 3) if unit == "both" else None
+    kinds = [Plan(mechanism, 1.0, 9.0, 1e-5, 20 + size, whole=both) for size in range(4)]
+    plans = {name: kinds[hello.examples] for name, hello in met.items() if hello.examples}
+    spent = {name: Spent(steps, 1, 0, whole) for name, (_, steps, whole) in zip(names, data, strict=True)}
+    costs = {name: select.round_steps(settings, met[name].examples) for name in plans}
+    truth = [select.can_pay(plan, spent[name], costs[name]) for name, plan in plans.items()]
+    assert select.able(met, plans, spent, settings).tolist() == truth
+    epsilons = [accounting.epsilon({mechanism: spent[name].steps}, 1e-5) for name in plans]
+    state = ServerState(np.zeros(1, np.float32), (), {}, 1, clients=spent)
+    assert worst_epsilon(state, plans) == max(epsilons, default=None)
+
+
+def test_the_ledgers_gate_lets_through_whom_it_would_let_through_alone(tmp_path: Path) -> None:
+    ledger, random = Ledger(tmp_path / "a.ledger"), np.random.default_rng(5)
+    accounts = [Account("example", f"client-{at:03}", "data") for at in range(60)]
+    mechanism = Mechanism(0.03, 1.1)
+    ledger.open(dict.fromkeys(accounts, (1.3, 1e-5)))
+    ledger.reserve("before", 1, {account: (mechanism, int(random.integers(1, 60))) for account in accounts})
+    asks = {account: (mechanism, int(random.integers(1, 30))) for account in accounts}
+    alone = {
+        account
+        for account, (_, steps) in asks.items()
+        if accounting.epsilon({mechanism: ledger.accounts[account].history[mechanism] + steps}, 1e-5) > 1.3
+    }
+    assert 5 < len(alone) < 55
+    assert ledger.over(asks).keys() == alone
+    assert ledger.reserve("run", 1, asks).keys() == alone
+
+
+@pytest.mark.parametrize(
+    "text", ["privacy.unit=example", "privacy.unit=both privacy.client_epsilon=40 rounds.minimum=0"]
+)
+def test_the_rows_of_many_clients_stand_beside_the_report_which_covers_them(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_rows, "LISTED", 10)
+    federated(tmp_path / "run", text)
+    path = tmp_path / "run" / "report.json"
+    report = json.loads(path.read_text())
+    assert report["privacy"]["clients"] == []
+    assert report["privacy"]["clients_file"]["rows"] == len(SIZES)
+    rows = [json.loads(line) for line in (tmp_path / "run/clients.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in rows] == list(Numbered(len(SIZES)))
+    assert report["privacy"]["worst_epsilon"] == max(row["epsilon"] for row in rows)
+    assert 'href="clients.jsonl"' in (tmp_path / "run/report.html").read_text() or len(SIZES) <= MOST_CLIENTS
+    assert verify.check(path).wrong == []
+    rows[3]["epsilon"] *= 0.5
+    (tmp_path / "run/clients.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert any("clients.jsonl is not the file" in line for line in verify.check(path).wrong)
 
 
 def peak(clients: int, number: int = 3) -> float:
