@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from scenarios import Examples, Federation, Scenario
+from scenarios.numbered import ByName, Numbered
 from scenarios.settings import Evaluation, Export, Fleet, Local, Reference, Rounds, Settings
 
 ONE = Examples(torch.ones(1, 4), torch.zeros(1, dtype=torch.int64))
@@ -11,9 +12,8 @@ ONE = Examples(torch.ones(1, 4), torch.zeros(1, dtype=torch.int64))
 
 def data(settings: Settings) -> Federation:
     """One example a client."""
-    width = len(str(settings.fleet.clients))
-    names = [f"client-{i:0{width}}" for i in range(settings.fleet.clients)]
-    return Federation(dict.fromkeys(names, 1), lambda name: ONE, validation=ONE, test=ONE)
+    names = Numbered(settings.fleet.clients, len(str(settings.fleet.clients)))
+    return Federation(ByName(names, lambda at: 1), lambda name: ONE, validation=ONE, test=ONE)
 
 
 SCENARIO = Scenario(

@@ -1,7 +1,6 @@
 """One client's local work: what it says at first, how it trains, how it evaluates; the same on every runtime."""
 
 import copy
-import hashlib
 import hmac
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -72,11 +71,17 @@ def hello(node: Node, name: str, said: Device = Device()) -> Hello:
 
 def digest(states: Path, examples: Examples) -> str:
     """A fingerprint of data, keyed by the node's own secret: it shows a change, and identifies nothing to others."""
-    keyed = hmac.new(durable.secret(states / "key"), digestmod=hashlib.sha256)
-    for part in examples:
-        keyed.update(f"{part.dtype} {tuple(part.shape)} ".encode())
-        keyed.update(part.contiguous().numpy().tobytes())
-    return keyed.hexdigest()
+    return fingerprint(durable.secret(states / "key"), examples).hex()
+
+
+def fingerprint(key: bytes, examples: Examples) -> bytes:
+    """The 32 bytes of `digest` under the secret `key`."""
+    said = [
+        piece
+        for part in examples
+        for piece in (f"{part.dtype} {tuple(part.shape)} ".encode(), part.contiguous().numpy().tobytes())
+    ]
+    return hmac.digest(key, b"".join(said), "sha256")
 
 
 def answer(node: Node, task: Task) -> Reply:
@@ -140,7 +145,7 @@ def trained(node: Node, mine: Admitted) -> tuple[Vector, int]:
 def drawing(settings: Settings, task: Task) -> Iterator[None]:
     """What layers draw from torch's own generator (dropout) follows from the task; the generator stays untouched."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(settings.run.seed, "layers", task.round, task.client))
+        torch.default_generator.manual_seed(derive(settings.run.seed, "layers", task.round, task.client))  # CPU's alone
         yield
 
 

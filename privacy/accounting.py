@@ -6,7 +6,7 @@ never above what is said here.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 from privacy import fourier, renyi
@@ -170,8 +170,3 @@ def _most(fits: Callable[[int], bool], low: int, high: int) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def worst(histories: Mapping[str, tuple[History, float]]) -> float | None:
-    """The largest epsilon of clients given as (history, delta); None for no clients."""
-    return max((epsilon(history, delta) for history, delta in histories.values()), default=None)

@@ -52,7 +52,7 @@ def generator(seed: int | None) -> np.random.Generator:
 
 def sample(names: Sequence[str], rate: float, random: np.random.Generator) -> list[str]:
     """A Poisson sample: each of `names`, in their order, with a coin of its own; it may be empty."""
-    return [name for name, coin in zip(names, random.random(len(names)), strict=True) if coin < rate]
+    return [names[i] for i in np.flatnonzero(random.random(len(names)) < rate).tolist()]
 
 
 @dataclass(frozen=True)

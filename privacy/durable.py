@@ -19,7 +19,7 @@ def write_atomic(path: Path, content: bytes, private: bool = False) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    _fsync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def remove(*paths: Path) -> None:
@@ -28,7 +28,7 @@ def remove(*paths: Path) -> None:
         for name in (path, path.with_name(path.name + ".partial")):
             name.unlink(missing_ok=True)
     for folder in {path.parent for path in paths}:
-        _fsync_folder(folder)
+        sync_folder(folder)
 
 
 def secret(path: Path, first: bytes = b"") -> bytes:
@@ -49,11 +49,12 @@ def secret(path: Path, first: bytes = b"") -> bytes:
             pass
         finally:
             mine.unlink(missing_ok=True)
-        _fsync_folder(path.parent)
+        sync_folder(path.parent)
     return path.read_bytes()
 
 
-def _fsync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Make what was renamed, made or removed in this folder durable."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)

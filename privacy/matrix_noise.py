@@ -59,7 +59,7 @@ def turns(names: Sequence[str], bands: int, number: int, random: np.random.Gener
     random: the same in every round; it may be public.
     """
     dealt = random.permutation(len(names))
-    return [name for name, place in zip(names, dealt, strict=True) if place % bands == number % bands]
+    return [names[i] for i in np.flatnonzero(dealt % bands == number % bands).tolist()]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 
 from scenarios import Examples, Federation, Scenario, partition
+from scenarios.numbered import ByName
 from scenarios.seeds import derive
 from scenarios.settings import Export, Local, Privacy, Reference, Rounds, Settings
 
@@ -33,7 +34,7 @@ def data(settings: Settings) -> Federation:
         return Examples(torch.from_numpy(x), torch.from_numpy(y))
 
     return Federation(
-        sizes={name: len(part) for name, part in parts.items()},
+        sizes=ByName(parts.names, lambda at: int(parts.sizes[at])),
         client=lambda name: examples(x[parts[name]], y[parts[name]]),
         validation=examples(x_held, y_held),
         test=examples(x_test, y_test),

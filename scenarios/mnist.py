@@ -9,6 +9,7 @@ from torch import nn
 
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, partition, sources
+from scenarios.numbered import ByName
 from scenarios.seeds import derive
 from scenarios.settings import Export, Fleet, Local, Reference, Rounds, Settings
 
@@ -65,7 +66,7 @@ def data(settings: Settings) -> Federation:
         return _examples(x[mine], y[mine])
 
     return Federation(
-        sizes={name: len(part) for name, part in parts.items()},
+        sizes=ByName(parts.names, lambda at: int(parts.sizes[at])),
         client=client,
         validation=_examples(x[held], y[held]),
         test=_examples(x_test, y_test),

@@ -4,7 +4,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,25 @@ class Cost(NamedTuple):
     def of(self, taken: int) -> int:
         """What a round of so many local steps costs."""
         return self.steps if self.by_round else taken
+
+
+class Asks(Mapping[str, tuple[Cost, ...]]):
+    """What a round costs the accounts of every client, in the order of its plan's parts; computed when it is asked."""
+
+    def __init__(self, plans: Mapping[str, Plan], costs: Callable[[str, Plan], tuple[Cost, ...]]) -> None:
+        self._plans, self._costs = plans, costs
+
+    def __getitem__(self, name: str) -> tuple[Cost, ...]:
+        return self._costs(name, self._plans[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._plans)
+
+    def __len__(self) -> int:
+        return len(self._plans)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._plans
 
 
 @dataclass(frozen=True)
@@ -246,19 +265,18 @@ def heads_before(
     return heads.read(Ledger(_place(scenario, settings, runtime, start)))
 
 
-def costs(
-    scenario: Scenario, settings: Settings, roster: Mapping[str, Hello], plans: Mapping[str, Plan]
-) -> dict[str, tuple[Cost, ...]]:
-    """What a round costs the accounts of every client, in the order of its plan's parts."""
+def costs(scenario: Scenario, settings: Settings, roster: Mapping[str, Hello], plans: Mapping[str, Plan]) -> Asks:
+    """What a round costs the accounts of every client."""
     data = scenario.dataset or scenario.name
     unit = "example" if settings.privacy.unit == "both" else settings.privacy.unit
-    made: dict[str, tuple[Cost, ...]] = {}
-    for name, plan in plans.items():
+
+    def of(name: str, plan: Plan) -> tuple[Cost, ...]:
         first = Cost(Account(unit, name, data), plan.mechanism, round_steps(settings, roster[name].examples))
-        made[name] = (first,)
-        if plan.whole:
-            made[name] = first, Cost(Account("client", name, data), plan.whole.mechanism, 1, by_round=True)
-    return made
+        if plan.whole is None:
+            return (first,)
+        return first, Cost(Account("client", name, data), plan.whole.mechanism, 1, by_round=True)
+
+    return Asks(plans, of)
 
 
 def test_costs(scenario: Scenario, tests: Mapping[str, Plan]) -> dict[str, Cost]:

@@ -20,6 +20,7 @@ from scenarios.seeds import derive
 from scenarios.settings import Settings
 from server import budget, report
 from server import run as job
+from server import start as start_of_run
 from server.canaries import Setup
 from server.inversion import inversion
 from server.membership import membership
@@ -56,7 +57,7 @@ def begun(folder: Path) -> tuple[str, Settings, dict[str, Any] | None]:
     """(scenario, settings, start.json or None where no round has begun) of a run."""
     with RunFolder.open(folder) as opened:
         name, settings = opened.settings()
-        return name, settings, opened.read_json("start.json")
+        return name, settings, start_of_run.read(opened)
 
 
 def keep(folder: Path, text: str) -> None:
@@ -130,13 +131,12 @@ def _setup(scenario: Scenario, settings: Settings, start: Mapping[str, Any] | No
             raise
         data = None  # a run may have been on devices; its plans are enough for canaries
     if start is not None:
-        sizes = {name: int(said["examples"]) for name, said in start["clients"].items()}
-        plans = job.read_plans(start)
+        sizes, plans = dict(start_of_run.sizes(start)), dict(start_of_run.plans(start))
         data = data if data is not None and dict(data.sizes) == sizes else None
     else:
         assert data is not None
         sizes = dict(data.sizes)
-        plans = budget.plans({name: Hello(name, size, "") for name, size in sizes.items()}, settings)
+        plans = dict(budget.plans({name: Hello(name, size, "") for name, size in sizes.items()}, settings))
     return Setup(scenario, settings, sizes, plans, data, states, seed)
 
 

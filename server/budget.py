@@ -2,15 +2,21 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
+
+from clients.roster import Sizes, examples
 from clients.task import Hello
 from privacy import accounting, cohort_noise, fixed_size, local_noise, matrix_noise, noise_shares, noisy_counts
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
+from scenarios.numbered import named
 from scenarios.settings import Settings
+from server.plans import Plans, shared
 from server.select import cohort_size, least_summed, local_steps, sampling_rate
 
 
-def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
+def plans(roster: Mapping[str, Hello], settings: Settings) -> Mapping[str, Plan]:
     """The plan of every client that has examples under privacy.unit=example, one for all under client and local.
 
     Under both each client with examples has its own plan, and in it the one of the client as a whole.
@@ -24,32 +30,35 @@ def plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
     total = settings.rounds.number + settings.export.recover_rounds
     if wanted.unit == "client" and wanted.bands > 1:
         limits = wanted.epsilon, wanted.delta, wanted.clip, wanted.max_noise
-        return dict.fromkeys(sorted(roster), matrix_noise.plan(len(roster), wanted.bands, total, *limits))
+        return shared(roster, matrix_noise.plan(len(roster), wanted.bands, total, *limits))
     if wanted.by_shares:
         limits = wanted.epsilon, wanted.delta, wanted.clip, wanted.max_noise
-        return dict.fromkeys(sorted(roster), noise_shares.plan(len(roster), total, *limits))
+        return shared(roster, noise_shares.plan(len(roster), total, *limits))
     if wanted.unit == "client":
-        return dict.fromkeys(sorted(roster), _whole(len(roster), settings, total, wanted.epsilon))
+        return shared(roster, _whole(len(roster), settings, total, wanted.epsilon))
     if wanted.unit == "local":
-        shared = local_noise.plan(len(roster), total, wanted.epsilon, wanted.delta, wanted.clip, wanted.max_noise)
-        return dict.fromkeys(sorted(roster), shared)
-    made, holders = {}, _holders(roster)
+        limits = wanted.epsilon, wanted.delta, wanted.clip, wanted.max_noise
+        return shared(roster, local_noise.plan(len(roster), total, *limits))
+    names, sizes = named(roster), examples(roster)
+    first, which = _alike(sizes)
     whole = None
-    if wanted.unit == "both" and holders:
-        whole = _whole(len(holders), settings, total, wanted.client_epsilon or wanted.epsilon)
-    for name, client in holders:
-        rate = sampling_rate(settings.local, client.examples)
-        steps = total * local_steps(settings.local, client.examples, True)
-        delta = wanted.delta or accounting.default_delta(client.examples)
-        _below_one_over_n(wanted.delta, name, client)
+    if wanted.unit == "both" and first:
+        whole = _whole(int((sizes > 0).sum()), settings, total, wanted.client_epsilon or wanted.epsilon)
+    kinds = []
+    for at in first:
+        name, size = names[at], int(sizes[at])
+        rate = sampling_rate(settings.local, size)
+        steps = total * local_steps(settings.local, size, True)
+        delta = wanted.delta or accounting.default_delta(size)
+        _below_one_over_n(wanted.delta, name, size)
         if accounting.epsilon({Mechanism(rate, wanted.max_noise): steps}, delta) > wanted.epsilon:
             raise Refused(_unreachable(roster, settings, total))
         noise = accounting.calibrate(rate, steps, wanted.epsilon, delta, wanted.max_noise)
-        made[name] = Plan(Mechanism(rate, noise), wanted.clip, wanted.epsilon, delta, steps, whole=whole)
-    return made
+        kinds.append(Plan(Mechanism(rate, noise), wanted.clip, wanted.epsilon, delta, steps, whole=whole))
+    return Plans(names, kinds, which)
 
 
-def test_plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Plan]:
+def test_plans(roster: Mapping[str, Hello], settings: Settings) -> Mapping[str, Plan]:
     """The plan of every client's test examples: so many noised evaluations; empty where they are not noised.
 
     The server does not know how many they are: delta is that of the client's training examples.
@@ -57,13 +66,23 @@ def test_plans(roster: Mapping[str, Hello], settings: Settings) -> dict[str, Pla
     wanted = settings.evaluation
     if wanted.epsilon is None:
         return {}
-    for name, client in _holders(roster):
-        _below_one_over_n(settings.privacy.delta, name, client)
+    names, sizes = named(roster), examples(roster)
+    first, which = _alike(sizes)
+    for at in first:
+        _below_one_over_n(settings.privacy.delta, names[at], int(sizes[at]))
     times = (settings.rounds.number + settings.export.recover_rounds) // wanted.every + 1  # and once at the end
-    return {
-        name: noisy_counts.plan(times, wanted.epsilon, settings.privacy.delta, client.examples)
-        for name, client in _holders(roster)
-    }
+    kinds = [noisy_counts.plan(times, wanted.epsilon, settings.privacy.delta, int(sizes[at])) for at in first]
+    return Plans(names, kinds, which)
+
+
+def _alike(sizes: Sizes) -> tuple[list[int], NDArray[np.int32]]:
+    """(the first client of each number of examples, in the order of the fleet; the number of that one for every client,
+    -1 where there are no examples): clients with as many examples have the same plan."""
+    kinds, first, back = np.unique(sizes, return_index=True, return_inverse=True)
+    order = [at for at in np.argsort(first, kind="stable").tolist() if kinds[at]]
+    place = np.full(len(kinds), -1, np.int32)
+    place[order] = np.arange(len(order))
+    return first[order].tolist(), place[back]
 
 
 def _whole(clients: int, settings: Settings, total: int, epsilon: float) -> Plan:
@@ -78,11 +97,11 @@ def _whole(clients: int, settings: Settings, total: int, epsilon: float) -> Plan
     return cohort_noise.plan(clients, rate, total, minimum, epsilon, *limits, named, floor)
 
 
-def _below_one_over_n(delta: float | None, name: str, client: Hello) -> None:
-    if delta is not None and delta >= 1 / client.examples:
+def _below_one_over_n(delta: float | None, name: str, size: int) -> None:
+    if delta is not None and delta >= 1 / size:
         raise Refused(
-            f"privacy.delta={delta:g} lets a mechanism publish one of the {client.examples} examples of {name} "
-            f"outright: set it below {1 / client.examples:.3g}, or unset it for 1 / (10 x a client's examples)"
+            f"privacy.delta={delta:g} lets a mechanism publish one of the {size} examples of {name} "
+            f"outright: set it below {1 / size:.3g}, or unset it for 1 / (10 x a client's examples)"
         )
 
 

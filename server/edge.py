@@ -18,6 +18,7 @@ from privacy.refused import Refused
 from scenarios.settings import Settings
 from scenarios.weights import Vector, fit, flatten, layout, load
 from server import select, step
+from server.spendings import without_updates
 from server.state import ServerState, Spent
 
 
@@ -43,9 +44,7 @@ def pruned_state(node: Node, state: ServerState, final: Vector, number: int) -> 
         control=None if state.control is None else np.zeros_like(weights),  # as in round 1
         noise=None,  # of as many entries as the unpruned weights: a new block begins (privacy/matrix_noise.py)
         pace=None,
-        clients={
-            name: replace(spent, last=0) for name, spent in state.clients.items()
-        },  # client states are of another model
+        clients=without_updates(state.clients),  # client states are of another model
     )
 
 
@@ -53,11 +52,8 @@ def affordable(
     roster: Mapping[str, Hello], plans: Mapping[str, Plan], spent: Mapping[str, Spent], settings: Settings
 ) -> bool:
     """Whether enough clients (rounds.minimum) can pay for one more round; always without DP."""
-    able = 0
-    for name, plan in plans.items():
-        steps = select.round_steps(settings, roster[name].examples)
-        able += select.can_pay(plan, spent.get(name, Spent()), steps)
-    return not plans or able >= max(1, settings.rounds.minimum)
+    able = select.able(roster, plans, spent, settings)
+    return not plans or int(able.sum()) >= max(1, settings.rounds.minimum)
 
 
 def ship(

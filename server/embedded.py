@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 
 from clients import cohort
+from clients.roster import meet
 from clients.task import Hello, Reply, Task
 from clients.training import Node, answer, hello
 from clients.workers import Workers, available
@@ -18,7 +19,10 @@ class EmbeddedFleet:
         self._node = node
 
     def hello(self) -> Mapping[str, Hello]:
-        return {name: hello(self._node, name) for name in sorted(self._node.federation.sizes)}
+        settings = self._node.settings
+        if settings.fleet.clock == "simulated" and settings.protect.mode == "none":
+            return meet(self._node)
+        return {name: hello(self._node, name) for name in sorted(self._node.federation.sizes)}  # measured, or with keys
 
     def ask(self, tasks: Sequence[Task]) -> Iterator[Reply]:
         """With local.engine=cohort tasks to train go in blocks, each to a process or, of one process, here."""

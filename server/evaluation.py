@@ -10,6 +10,7 @@ from privacy import exact_counts
 from privacy.holder import Unreachable
 from privacy.integers import Grid
 from privacy.refused import Refused
+from scenarios.numbered import named
 from scenarios.settings import Settings
 from server import select
 from server.encrypted import Encrypted
@@ -35,7 +36,7 @@ class SummedTests:
     def __call__(self, fleet: Fleet, state: ServerState) -> Score:
         """Loss and accuracy over all examples of the sum, without noise; of whom it is not, or why there is none."""
         number, sent, missing = self.numbered(), list[str](), dict[str, str]()
-        tasks = [Task("evaluate", number, name, state.weights, state.layout) for name in sorted(self.roster)]
+        tasks = [Task("evaluate", number, name, state.weights, state.layout) for name in named(self.roster)]
 
         def good(replies: Iterable[Reply], read: Callable[[Task, Reply], Read]) -> Iterator[Read]:
             for task, reply in zip(tasks, replies, strict=True):

@@ -152,6 +152,7 @@ def _privacy(
         "update_clip": (state.clip or wanted.update_clip) if wanted.unit == "both" else None,
         "ledger": accounts.evidence(),
         "clients": clients,
+        "clients_file": None,
         "worst_epsilon": max(epsilons, default=None),
         "median_epsilon": statistics.median(epsilons) if epsilons else None,
         "worst_whole_epsilon": max((entry["epsilon"] for entry in entries["whole"].values()), default=None),

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from privacy.durable import write_atomic
 from privacy.refused import Refused
-from server import outcome, provenance, signature
+from server import client_rows, outcome, provenance, signature
 from server.hazards import hazards
 
 
@@ -18,7 +18,7 @@ def publish(folder: Path, report: Mapping[str, Any], key: Ed25519PrivateKey | No
 
     A signature of other bytes is taken away first, so no moment shows a report beside a signature that is not its own.
     """
-    path = folder / "report.json"
+    path, report = folder / "report.json", client_rows.put_aside(folder, report)
     signed = None if key is None else signature.public_half(key)
     reproduction = {
         **report["statement"]["reproduction"],
@@ -60,7 +60,8 @@ def renew(folder: Path, named_key: str = "") -> bool:
     if all(stated["audit"].get(name) == value for name, value in fresh.items()) and key is None:
         return False
     whole = {**report, "statement": {**stated, "audit": found}}
-    whole["statement"]["interpretation"] = {**stated["interpretation"], "hazards": hazards(whole)}
+    checked = hazards(client_rows.whole(whole, folder))
+    whole["statement"]["interpretation"] = {**stated["interpretation"], "hazards": checked}
     publish(folder, whole, key)
     return True
 

@@ -18,7 +18,10 @@ from clients.coordinates import Pace
 from privacy.chain import Head
 from privacy.durable import write_atomic
 from privacy.refused import Refused
+from scenarios.numbered import Numbered
 from scenarios.settings import Settings, from_toml, to_toml
+from server.spendings import Spendings
+from server.spent_file import SpentFile, large
 from server.state import Row, ServerState, Spent
 
 _FORMAT = "1"
@@ -28,13 +31,17 @@ class RunFolder:
     """One run on disk. The checkpoint's rename is the commit; rounds.jsonl is brought in line with it on opening.
 
     settings.toml (scenario and settings), checkpoint.safetensors (the committed state with its row and the ledger's
-    head), rounds.jsonl (a row a committed round), start.json (what the run began with).
+    head), rounds.jsonl (a row a committed round), start.json (what the run began with), fleet/ (what belongs to these
+    of a large fleet's clients).
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.states = path / "clients"
         """Client states of simulated clients; a real device keeps its own."""
+        self.fleet = path / "fleet"
+        """What a large fleet's clients are, as arrays."""
+        self._spent = SpentFile(self.fleet / "spent.npy")
         self._lock = self._hold()
         self._ends = ExitStack()
 
@@ -113,6 +120,7 @@ class RunFolder:
             tensors["noise"] = state.noise
         if state.pace is not None:
             tensors |= {f"pace/{name}": value for name, value in vars(state.pace).items()}
+        tensors |= (changed := self._spent.changes(state.clients))
         rest = {
             "until": state.until,
             "round": state.round,
@@ -121,13 +129,14 @@ class RunFolder:
             "averaged": state.averaged,
             "clock": state.clock,
             "clip": state.clip,
-            "clients": {name: [s.steps, s.rounds, s.last, s.whole] for name, s in state.clients.items()},
+            **_clients(state.clients),
             "row": row,
             "ledger": ledger,
         }
         write_atomic(
             self.path / "checkpoint.safetensors", save(tensors, {"format": _FORMAT, "state": json.dumps(rest)})
         )
+        self._spent.settle(state.clients, changed)
 
     def committed(self) -> ServerState | None:
         """The last committed state; None before the first round. Brings rounds.jsonl in line with it.
@@ -145,6 +154,9 @@ class RunFolder:
                 metadata = file.metadata()
                 tensors: dict[str, NDArray[Any]] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             rest = json.loads(metadata["state"])
+            clients: Mapping[str, Spent] = {name: Spent(*numbers) for name, numbers in rest["clients"].items()}
+            if "fleet" in rest:
+                clients = self._spent.read(Numbered(*rest["fleet"]), tensors)
             state = ServerState(
                 weights=tensors["weights"],
                 layout=tuple((name, tuple(shape)) for name, shape in rest["layout"]),
@@ -152,7 +164,7 @@ class RunFolder:
                 until=rest["until"],
                 round=rest["round"],
                 phase=rest["phase"],
-                clients={name: Spent(*numbers) for name, numbers in rest["clients"].items()},
+                clients=clients,
                 average=tensors.get("average"),
                 averaged=rest["averaged"],
                 clock=rest["clock"],
@@ -227,6 +239,13 @@ class RunFolder:
                 f"{self.path} is held by another process that is running it: wait for it or stop it"
             ) from None
         return lock
+
+
+def _clients(clients: Mapping[str, Spent]) -> dict[str, Any]:
+    """What a checkpoint says of them: all by name, or which fleet it is whose rows stand elsewhere."""
+    if isinstance(clients, Spendings) and isinstance(clients.names, Numbered) and large(clients.names):
+        return {"clients": {}, "fleet": [clients.names.number, clients.names.digits]}
+    return {"clients": {name: [s.steps, s.rounds, s.last, s.whole] for name, s in clients.items()}}
 
 
 def save_named(path: Path, tensors: Mapping[str, NDArray[np.float32]]) -> None:

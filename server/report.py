@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from server import figures, page, paper, proof, units
+from server import client_rows, figures, page, paper, proof, units
 from server.figures import Series
 from server.proof import Drawn
 from server.publish import renew
@@ -40,6 +40,8 @@ def write(folder: Path, key: str = "", pdf: bool = False) -> Path:
     report, rows = load(folder), load_rounds(folder)
     if renew(folder, key):
         report = load(folder)
+    rows_file = report["privacy"].get("clients_file")
+    report = client_rows.whole(report, folder)
     spent = sorted(report["privacy"]["clients"], key=lambda client: (-(client["epsilon"] or 0), client["name"]))
     worst = report["privacy"]["worst_epsilon"]
     text = page.render(
@@ -55,6 +57,7 @@ def write(folder: Path, key: str = "", pdf: bool = False) -> Path:
         price=list(_price(rows)),
         histogram=_histogram(report),
         clients=spent[:MOST_CLIENTS],
+        rows_file="report.json" if rows_file is None else rows_file["file"],
         odds=_odds(worst) if worst is not None and worst < 12 else None,  # beyond, no one can picture it
         unapplied=sum(not row["applied"] for row in rows),
         left_out=_left_out(rows, report),

@@ -4,7 +4,7 @@ Legend: P is the number of weights; K the number of clients.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -13,13 +13,17 @@ import numpy as np
 
 from clients import cohort, coordinates, scaffold, upload
 from clients.coordinates import Coordinates
+from clients.roster import Sizes, examples
 from clients.task import Hello, Reply, Task
 from privacy import accounting, cohort_noise, noise_shares
 from privacy.matrix_noise import BandedNoise
 from privacy.plan import Plan
+from scenarios.numbered import named
 from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
 from server import combine, gather, replies, select, step
+from server.plans import planned
+from server.spendings import Spendings, spendings
 from server.state import Row, Score, ServerState, Spent
 
 
@@ -65,11 +69,14 @@ def rounds(
     named in the row. A round with fewer than settings.rounds.minimum good replies is committed and not applied.
     gathered: how sums of integers are read, where updates are protected.
     """
-    names = sorted(roster)
+    names = named(roster)
+    plans, sizes = planned(plans, names) if plans else {}, examples(roster)
+    state = replace(state, clients=spendings(state.clients, names))
+    worst = worst_epsilon(state, plans)
     combined, server_step = combine.resolve(settings.server), step.resolve(settings.server)
     shares = gather.shares(settings, plans)
     central = central_noise(plans, settings) if settings.privacy.by_client and not shares else None
-    largest = _largest(roster, settings)
+    largest = _largest(sizes, settings)
     blocks = settings.local.engine == "cohort" and replies.weigh(settings) is not None
     while state.round < state.until:
         began, number = time.monotonic(), state.round + 1
@@ -94,7 +101,7 @@ def rounds(
         accepted: dict[str, int] = {}
         ask = partial(replies.counted, fleet, row)
         good = partial(replies.good, tasks=tasks, roster=roster, journal=journal, row=row, accepted=accepted)
-        tally = _tally(state, roster, settings, number)
+        tally = _tally(state, sizes, settings, number)
         if grid is not None or blocks:  # sums alone are read: of integers, or where blocks of clients are trained
             if grid is not None:
                 summed, norm = gathered(ask, tasks, grid, good, roster), grid.norm
@@ -143,7 +150,7 @@ def rounds(
             _withhold(row, traffic, select.cohort_size(len(names), settings) if chosen.paid else 0, settings)
         row["loss"], row["accuracy"], row["worst_client_accuracy"], missing = score(state)
         row["unevaluated"] = [{"name": name, "reason": reason} for name, reason in sorted(missing.items())]
-        row["epsilon"] = worst_epsilon(state, plans)
+        row["epsilon"] = worst = worst_epsilon(state, plans, chosen.paid, worst)
         row["seconds"] = time.monotonic() - began
         journal.commit(state, row, taken)
         yield state, row
@@ -155,13 +162,22 @@ def rate(local: Local, number: int, rounds_number: int) -> float:
     return local.rate * (1 - local.decay * progress)
 
 
-def worst_epsilon(state: ServerState, plans: Mapping[str, Plan]) -> float | None:
-    """The largest epsilon that any client has spent so far; None without DP."""
-    histories = {
-        name: ({plan.mechanism: state.clients[name].steps if name in state.clients else 0}, plan.delta)
-        for name, plan in plans.items()
-    }
-    return accounting.worst(histories)
+def worst_epsilon(
+    state: ServerState, plans: Mapping[str, Plan], of: Collection[str] | None = None, least: float | None = None
+) -> float | None:
+    """The largest epsilon that any client has spent so far; None without DP.
+
+    of: who has spent since it was `least`.
+    """
+    if not plans:
+        return None
+    known = state.clients.names if isinstance(state.clients, Spendings) else named({*plans, *state.clients})
+    table = planned(plans, known)
+    spent = spendings(state.clients, table.names)
+    at = np.flatnonzero(table.which >= 0) if of is None else spent.places(of)
+    kinds = dict.fromkeys(zip(table.which[at].tolist(), spent.rows["steps"][at].tolist(), strict=True))
+    found = (accounting.epsilon({table.kinds[kind].mechanism: steps}, table.kinds[kind].delta) for kind, steps in kinds)
+    return max([least or 0.0, *found])
 
 
 def _task(
@@ -187,7 +203,7 @@ def _task(
         steps=steps,
         control=state.control,
         coordinates=shared,
-        state_round=state.clients[name].last if name in state.clients else 0,
+        state_round=state.clients.get(name, Spent()).last,
         deadline=settings.fleet.deadline if settings.fleet.clock == "wall" else 0.0,
         mechanism=plan.mechanism if plan else None,
         clip=plan.clip if plan else 0.0,
@@ -206,18 +222,18 @@ def _shared(state: ServerState, settings: Settings, number: int) -> Coordinates 
     return coordinates.of_round(share, len(state.weights), settings.run.seed, number, state.pace)
 
 
-def _tally(state: ServerState, roster: Mapping[str, Hello], settings: Settings, number: int) -> scaffold.Tally | None:
+def _tally(state: ServerState, sizes: Sizes, settings: Settings, number: int) -> scaffold.Tally | None:
     """What sums the next control variate, where there is one; a client without examples never takes part."""
     if state.control is None:
         return None
-    whole = sum(replies.weight(hello.examples, settings) for hello in roster.values() if hello.examples)
+    whole = sum(replies.weight(size, settings) for size in sizes[sizes > 0].tolist())
     return scaffold.Tally(state.control, rate(settings.local, number, settings.rounds.number), whole)
 
 
-def _largest(roster: Mapping[str, Hello], settings: Settings) -> int:
+def _largest(sizes: Sizes, settings: Settings) -> int:
     """Examples of the largest client, by which integers are weighed; 0: each weighs 1, or they travel as floats."""
     alike = settings.server.weighting == "uniform" or settings.privacy.by_client
-    return 0 if alike or upload.bits(settings) is None else max(hello.examples for hello in roster.values())
+    return 0 if alike or upload.bits(settings) is None else int(sizes.max())
 
 
 def central_noise(plans: Mapping[str, Plan], settings: Settings) -> cohort_noise.CohortNoise | BandedNoise:
@@ -289,15 +305,10 @@ def _advance(
     row: Row,
 ) -> ServerState:
     """The state after round `number`: who was to pay has paid, whether a reply came or not; average; clock."""
-    clients = dict(state.clients)
-    for name, asked in chosen.paid.items():
-        before = clients.get(name, Spent())
-        clients[name] = Spent(
-            before.steps + min(asked, taken.get(name, asked)),
-            before.rounds + 1,
-            number if row["applied"] and name in accepted else before.last,
-            before.whole + (settings.privacy.unit == "both"),
-        )
+    assert isinstance(state.clients, Spendings)
+    paid, joined = state.clients.places(chosen.paid), state.clients.places(accepted if row["applied"] else ())
+    steps = np.fromiter((min(asked, taken.get(name, asked)) for name, asked in chosen.paid.items()), np.int64)
+    clients = state.clients.after(number, paid, steps, int(settings.privacy.unit == "both"), joined)
     average, averaged = state.average, state.averaged
     if state.phase == "train" and number > state.until - settings.rounds.average:
         average = state.weights.astype(np.float64) + (0 if average is None else average)

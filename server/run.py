@@ -3,20 +3,24 @@
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
+
+import numpy as np
 
 from clients import masking, upload
 from clients.device import profile
 from clients.task import Hello
 from clients.training import Node, digest
 from privacy import cohort_noise, dp_sgd, local_noise
-from privacy.plan import Mechanism, Plan
+from privacy.plan import Plan
 from privacy.refused import Refused
 from scenarios import Scenario, build_model
-from scenarios.settings import Settings, knobs
+from scenarios.numbered import named
+from scenarios.settings import Settings
 from scenarios.weights import Vector, flatten, layout, unflatten
 from server import accounts, budget, combine, edge, evaluation, facts, key_home, pairs, report, select, signature, step
+from server import start as start_of_run
 from server.accounts import Accounts, Exhausted
 from server.gather import Gather, clear, grid
 from server.masked import Masked
@@ -26,7 +30,8 @@ from server.references import references
 from server.rounds import Fleet, rounds
 from server.score import NOTHING, scorer
 from server.score import check as check_score
-from server.state import Row, Score, ServerState, Spent, final_weights, first_state
+from server.spendings import spendings
+from server.state import Row, Score, ServerState, final_weights, first_state
 from server.statement import Told, stated
 
 
@@ -112,11 +117,11 @@ def prepare(
 
     stop: asked after every round. Raises Refused for what cannot work; a new run then leaves nothing behind.
     """
-    start, committed = folder.read_json("start.json"), folder.committed()
+    start, committed = start_of_run.read(folder), folder.committed()
     if start is None and committed is not None:
         raise Refused(f"{folder.path / 'start.json'} is missing: what the run began with cannot be known")
     if start is not None:
-        _same_settings(start, settings)
+        start_of_run.same_settings(start, settings)
     try:
         check(scenario, settings)
         accounts.lend_key(folder, settings)
@@ -136,17 +141,16 @@ def prepare(
             plans = budget.plans(roster, settings)
             tests = budget.test_plans(roster, settings)
             charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, None, tests, before)
-            _write_start(folder, roster, plans, server_data, settings, charged)
+            roster = start_of_run.write(folder, roster, plans, server_data, settings, charged.evidence())
         else:
-            plans = read_plans(start)
-            _same_clients(start, roster, server_data)
-            roster = {name: roster[name] for name in sorted(start["clients"])}  # who came later has no plan
+            plans = start_of_run.plans(start)
+            roster = start_of_run.met_again(start, roster, server_data)
             tests = budget.test_plans(roster, settings)
             charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, start, tests, before)
         tell = progress.status if runtime == "deployment" else lambda text: None  # elsewhere a stage is over at once
         gathered = _gathered(node, folder, fleet, roster, plans, runtime, tell)
         summed = evaluation.summed(gathered, folder, roster, settings)
-        score = scorer(node, fleet, sorted(roster), tests, charged, summed)
+        score = scorer(node, fleet, named(roster), tests, charged, summed)
     except Refused:
         if start is None:
             folder.discard()
@@ -309,72 +313,14 @@ def _recover(job: Job, state: ServerState, final: Vector) -> tuple[ServerState |
 def _with_lost_rounds(job: Job, state: ServerState) -> ServerState:
     """What an interrupted round may have released counts as spent; seeded noise only repeats the same release."""
     lost = {name: counts for name, counts in job.accounts.unanswered(state.round).items() if any(counts)}
-    clients = dict(state.clients)
-    for name, (steps, whole) in lost.items():
-        before = clients.get(name, Spent())
-        clients[name] = replace(before, steps=before.steps + steps, whole=before.whole + whole)
-    return replace(state, clients=clients, noise=None if lost else state.noise)  # a new block: privacy/matrix_noise.py
+    if not lost:
+        return state
+    spent = spendings(state.clients, named(job.roster))
+    steps, whole = np.array(list(lost.values()), np.int64).T
+    clients = spent.lost(spent.places(lost), steps, whole)
+    return replace(state, clients=clients, noise=None)  # a new block: privacy/matrix_noise.py
 
 
 def _save_weights(job: Job, state: ServerState) -> None:
     named = unflatten(final_weights(state), layout(job.node.template))
     save_named(job.folder.path / "weights.safetensors", {name: value.numpy() for name, value in named.items()})
-
-
-def _write_start(
-    folder: RunFolder,
-    roster: Mapping[str, Hello],
-    plans: Mapping[str, Plan],
-    server_data: Mapping[str, str],
-    settings: Settings,
-    charged: Accounts,
-) -> None:
-    met = {name: replace(hello, head=None, seen=None) for name, hello in roster.items()}  # how often it was drawn
-    clients = {name: asdict(hello) for name, hello in met.items()}
-    folder.write_json(
-        "start.json",
-        {
-            "clients": clients,
-            "plans": {name: asdict(plan) for name, plan in plans.items()},
-            "server_data": dict(server_data),
-            "settings": _fixed(settings),
-            "ledger": charged.evidence(),
-        },
-    )
-
-
-def _fixed(settings: Settings) -> dict[str, Any]:
-    """The settings that a run keeps from its first round to its last: the plans and the account rest on them."""
-    values = {name: value for name, value, _ in knobs(settings) if not name.startswith(("run.", "export.", "report."))}
-    return {"run.seed": settings.run.seed, **values}
-
-
-def _same_settings(start: Mapping[str, Any], settings: Settings) -> None:
-    for name, value in _fixed(settings).items():
-        if (before := start["settings"].get(name, value)) != value:
-            raise Refused(f"{name} was {before} when the run began, settings.toml says {value}: start a new run")
-
-
-def read_plans(start: Mapping[str, Any]) -> dict[str, Plan]:
-    """Every client's plan, from start.json."""
-    return {name: _read_plan(plan) for name, plan in start["plans"].items()}
-
-
-def _read_plan(plan: Mapping[str, Any]) -> Plan:
-    whole = _read_plan(plan["whole"]) if plan["whole"] else None
-    return Plan(**{**plan, "mechanism": Mechanism(**plan["mechanism"]), "whole": whole})
-
-
-def _same_clients(start: Mapping[str, Any], roster: Mapping[str, Hello], server_data: Mapping[str, str]) -> None:
-    for name, before in start["clients"].items():
-        if name not in roster:
-            raise Refused(f"client {name} of this run is not there any more: start its node, or start a new run")
-        if roster[name].digest != before["digest"]:
-            raise Refused(f"the data of client {name} has changed since the run began: start a new run")
-        if roster[name].identity != before.get("identity", ""):
-            raise Refused(
-                f"client {name} signs with another key than when the run began: bring back the state folder of its "
-                "node, or start a new run"
-            )
-    if dict(server_data) != start["server_data"]:
-        raise Refused("the server's test or validation data has changed since the run began: start a new run")

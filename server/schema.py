@@ -56,6 +56,13 @@ class Client(Account):
     tests: Account | None
 
 
+class ClientsFile(Closed):
+    file: Literal["clients.jsonl"]
+    rows: Count
+    bytes: Count
+    sha256: Sha256
+
+
 class Privacy(Closed):
     unit: str
     guarantee: bool
@@ -69,6 +76,7 @@ class Privacy(Closed):
     update_clip: Amount | None
     ledger: Ledger
     clients: list[Client]
+    clients_file: ClientsFile | None = None  # an older Umbel does not say
     worst_epsilon: Amount | None
     median_epsilon: Amount | None
     worst_whole_epsilon: Amount | None

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
@@ -44,7 +44,7 @@ def check(node: Node) -> None:
 def scorer(
     node: Node,
     fleet: Fleet,
-    names: list[str],
+    names: Sequence[str],
     tests: Mapping[str, Plan] = MappingProxyType({}),
     journal: "MetricsJournal | None" = None,
     summed: SummedTests | None = None,
@@ -73,7 +73,7 @@ def scorer(
     return by_server
 
 
-def _by_clients(fleet: Fleet, names: list[str], state: ServerState, hidden: bool) -> Score:
+def _by_clients(fleet: Fleet, names: Sequence[str], state: ServerState, hidden: bool) -> Score:
     """Loss and accuracy weighted by test examples, and the worst client's accuracy. Not covered by DP.
 
     hidden: draws are secret, and why a reply is no good may hang on them (a device's ledger that was rolled back).

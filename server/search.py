@@ -20,7 +20,7 @@ from privacy.refused import Refused
 from privacy.search import Repetitions
 from scenarios import Scenario
 from scenarios.settings import Settings
-from server import launch, planner, report, results, signature
+from server import client_rows, launch, planner, report, results, signature
 from server import run as job
 from server.hazards import hazards
 from server.publish import publish
@@ -115,7 +115,7 @@ def _run(
 
 def _withhold(folder: Path) -> None:
     """What in a winner's report adds up over all trials, and so would tell their number, becomes null."""
-    whole = results.load(folder)
+    whole = client_rows.whole(results.load(folder), folder)
     for client in whole["privacy"]["clients"]:
         for account in (client, client.get("whole"), client.get("tests")):
             if account:

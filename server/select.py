@@ -5,14 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clients import masking
 from clients.device import step_seconds, transfer_seconds
+from clients.roster import examples
 from clients.task import Device, Hello
 from privacy import cohort_noise, fixed_size, matrix_noise
 from privacy.plan import Plan
+from scenarios.numbered import named
 from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
+from server.plans import planned
+from server.spendings import spendings
 from server.state import Spent
 
 
@@ -118,32 +123,32 @@ def cohort(
     chosen, fleet = Cohort(), settings.fleet
     by_example = settings.privacy.by_example
     by_client = settings.privacy.by_client and not by_turns(settings)  # all pay alike
-    whole_round = dict.fromkeys(plans, 1)
-    if by_example:
-        whole_round = {name: round_steps(settings, roster[name].examples) for name in plans}
-    if by_client and not all(
-        can_pay(plan, spent.get(name, Spent()), whole_round[name]) for name, plan in plans.items()
-    ):
-        chosen.reason = "budget: epsilon does not allow another round"
-        return chosen
+    whole_round: dict[str, int] = {}
+    if by_client:
+        if not able(roster, plans, spent, settings).all():
+            chosen.reason = "budget: epsilon does not allow another round"
+            return chosen
+        whole_round = {name: round_steps(settings, roster[name].examples) if by_example else 1 for name in plans}
     drawn = _drawn(names, settings, number)
     chosen.drawn = len(drawn)
     simulated = fleet.clock == "simulated"
     for name in drawn:
-        device, examples = roster[name].device, roster[name].examples
-        if not examples:
+        hello = roster[name]
+        device, size = hello.device, hello.examples
+        if not size:
             chosen.skipped.append({"name": name, "reason": "no examples"})
             continue
-        steps = local_steps(settings.local, examples, by_example)
-        batch = min(settings.local.batch or examples, examples)
+        steps = local_steps(settings.local, size, by_example)
+        batch = min(settings.local.batch or size, size)
         gradients = batch if by_example else 0  # one an example
         variates = 2 if settings.local.scaffold else 0  # the server's, and its difference to the client's
         weights = traffic[0] // 2 if variates else traffic[0]
         memory = weights * (4 + variates + gradients)  # weights, gradient, update, start
-        online = np.random.default_rng(derive(settings.run.seed, "online", number, name)) if simulated else None
-        if online is not None and device.availability < 1 and online.random() >= device.availability:
-            chosen.skipped.append({"name": name, "reason": "offline"})
-            continue
+        if simulated and device.availability < 1:
+            online = np.random.default_rng(derive(settings.run.seed, "online", number, name))
+            if online.random() >= device.availability:
+                chosen.skipped.append({"name": name, "reason": "offline"})
+                continue
         if device.memory and memory > device.memory:
             reason = f"memory: needs {memory / 2**20:.0f} MiB, has {device.memory / 2**20:.0f}"
             chosen.skipped.append({"name": name, "reason": reason})
@@ -171,6 +176,20 @@ def cohort(
 def can_pay(plan: Plan, spent: Spent, steps: int) -> bool:
     """Whether a client that has spent so much can pay for a round of `steps` steps."""
     return spent.steps + steps <= plan.steps and (plan.whole is None or spent.whole < plan.whole.steps)
+
+
+def able(
+    roster: Mapping[str, Hello], plans: Mapping[str, Plan], spent: Mapping[str, Spent], settings: Settings
+) -> NDArray[np.bool_]:
+    """Of each client with a plan, in the order of their names: whether it can pay for one more whole round."""
+    table, sizes = planned(plans, named(roster)), examples(roster)
+    held = np.flatnonzero(table.which >= 0)
+    rows, which = spendings(spent, table.names).rows[held], table.which[held]
+    kinds, back = np.unique(sizes[held], return_inverse=True)
+    cost = np.array([round_steps(settings, size) for size in kinds.tolist()], np.int64)[back]
+    wholes = np.array([plan.whole.steps if plan.whole else np.iinfo(np.int64).max for plan in table.kinds], np.int64)
+    able: NDArray[np.bool_] = (rows["steps"] + cost <= table.steps[which]) & (rows["whole"] < wholes[which])
+    return able
 
 
 def _drawn(names: Sequence[str], settings: Settings, number: int) -> Sequence[str]:

@@ -10,7 +10,7 @@ from privacy import accounting
 from privacy.chain import Head
 from privacy.ledger import TESTS, Account, Ledger
 from privacy.refused import Refused
-from server import composition, outcome, provenance, schema, signature
+from server import client_rows, composition, outcome, provenance, schema, signature
 from server.arithmetic import errors
 from server.results import load_rounds
 
@@ -49,18 +49,30 @@ def check(path: Path, verify_key: Path | None = None) -> Verdict:
         held.append("schema")
         _say("digest", _digest(report), wrong, held)
         try:
-            _say("arithmetic", errors(report), wrong, held)
-        except (
-            ArithmeticError,
-            ValueError,
-            LookupError,
-            TypeError,
-        ) as error:  # a rate of 0, settings that are not ours
-            wrong.append(f"arithmetic: no run has such figures or settings ({type(error).__name__})")
-        for part in (_files, _rounds, _audit, _ledger):
-            part(report, path.parent, wrong, held, open_)
+            report = client_rows.whole(report, path.parent)
+        except Refused as error:
+            wrong.append(f"clients: {error}")
+        else:
+            _content(report, path.parent, wrong, held, open_)
     _signature(report, path, content, wanted, wrong, held, open_)
     return Verdict(wrong, held, open_)
+
+
+def _content(report: Mapping[str, Any], folder: Path, wrong: list[str], held: list[str], open_: list[str]) -> None:
+    """What a report says, its clients' rows with it, wherever they stand."""
+    if report["privacy"]["clients"]:
+        wrong += [f"schema: {fault}" for fault in schema.faults(report)[:_MOST_LINES]]
+    try:
+        _say("arithmetic", errors(report), wrong, held)
+    except (
+        ArithmeticError,
+        ValueError,
+        LookupError,
+        TypeError,
+    ) as error:  # a rate of 0, settings that are not ours
+        wrong.append(f"arithmetic: no run has such figures or settings ({type(error).__name__})")
+    for part in (_files, _rounds, _audit, _ledger):
+        part(report, folder, wrong, held, open_)
 
 
 def _say(what: str, found: Iterator[str], wrong: list[str], held: list[str]) -> None:

@@ -77,7 +77,7 @@ TEXT = r"""{% extends "page" %}
 <tr><td>{{ client.name }}</td><td class="n">{{ client.examples|number }}</td><td class="n">{{ client.epsilon|epsilon }}</td><td class="n">{{ client.epsilon_rdp|epsilon }}</td><td class="n">{{ client.delta|scientific }}</td><td class="n">{{ client.noise_multiplier|fixed(3) }}</td><td class="n">{{ client.sampling_rate|fixed(4) }}</td><td class="n">{{ client.steps|number }}</td><td class="n">{{ client.rounds|number }}</td></tr>
 {% endfor %}
 </tbody></table></div>
-{% if clients|length < privacy.clients|length %}<p class="note">{{ times(privacy.clients|length - clients|length, "more client") }} spent no more than these; <code>report.json</code> lists all.</p>{% endif %}
+{% if clients|length < privacy.clients|length %}<p class="note">{{ times(privacy.clients|length - clients|length, "more client") }} spent no more than these; <a href="{{ rows_file }}"><code>{{ rows_file }}</code></a> lists all.</p>{% endif %}
 {% endif %}
 
 {% if run.protect is defined and run.protect.who_learns is defined %}

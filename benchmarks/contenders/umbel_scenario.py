@@ -1,0 +1,35 @@
+"""The benchmark's workloads as a scenario of Umbel: `run.data` is the file of the workload."""
+
+from pathlib import Path
+
+from workload import MODELS, Workload
+
+from scenarios import Examples, Federation, Scenario
+from scenarios.settings import Evaluation, Export, Local, Reference, Settings
+
+
+def data(settings: Settings) -> Federation:
+    """Every client's rows, made when asked for."""
+    workload = Workload.read(Path(settings.run.data))
+    width = len(str(workload.clients - 1))
+    names = [f"client-{i:0{width}}" for i in range(workload.clients)]
+    validation = Examples(*(part[:1] for part in workload.test()))
+    return Federation(
+        sizes=dict.fromkeys(names, workload.examples),
+        client=lambda name: Examples(*workload.local(int(name.rpartition("-")[2]))),
+        validation=validation,
+        test=Examples(*workload.test()),
+    )
+
+
+SCENARIO = Scenario(
+    summary="a workload of benchmarks/simulation.py",
+    settings=Settings(
+        local=Local(batch=10, rate=0.1),
+        evaluation=Evaluation(every=1_000_000),
+        export=Export(prune=0),
+        reference=Reference(no_privacy=False),
+    ),
+    models=MODELS,
+    data=data,
+)

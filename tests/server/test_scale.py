@@ -1,0 +1,326 @@
+"""A fleet of any size: what it costs hangs on the cohort, and what comes of it is what a small fleet's files say."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from clients import roster
+from clients.task import Hello
+from privacy import accounting
+from privacy.ledger import Account, Ledger
+from privacy.plan import Mechanism, Plan
+from privacy.refused import Refused
+from scenarios import Examples, Federation, Scenario
+from scenarios.numbered import ByName, Listed, Numbered
+from scenarios.settings import Settings, override
+from server import client_rows, select, spent_file, verify
+from server import run as job
+from server.embedded import EmbeddedFleet
+from server.record import RunFolder
+from server.report import MOST_CLIENTS
+from server.rounds import rounds, worst_epsilon
+from server.score import NOTHING
+from server.spendings import Spendings
+from server.state import Row, ServerState, Spent, first_state
+
+HOUSE = Path(__file__).resolve().parents[2]
+BASE = "rounds.number=6 rounds.fraction=0.3 local.batch=4 local.rate=0.5 export.prune=0 reference.no_privacy=false"
+SIZES = [5 + at % 3 for at in range(20)]
+
+
+class Quiet:
+    def row(self, row: Row) -> None:
+        pass
+
+    def status(self, text: str) -> None:
+        pass
+
+
+def examples(name: str, shift: float = 0.0) -> Examples:
+    at = int(name[7:]) if name.startswith("client-") else 99
+    generator = torch.Generator().manual_seed(at)
+    x = torch.randn(SIZES[at] if at < len(SIZES) else 30, 3, generator=generator) + shift
+    return Examples(x, (x.sum(1) > 0).long())
+
+
+def made(shift: float = 0.0) -> Scenario:
+    held = Federation(
+        ByName(Numbered(len(SIZES)), SIZES.__getitem__),
+        lambda name: examples(name, shift * (name == "client-07")),
+        examples("validation"),
+        examples("test"),
+    )
+    net = {"net": lambda: nn.Sequential(nn.Linear(3, 2))}
+    return Scenario("made", override(Settings(), BASE), net, lambda _: held, name="made")
+
+
+def federated(path: Path, text: str = "", until: int = 99, scenario: Scenario | None = None) -> ServerState:
+    """Begin the run in `path` or go on with it until it has so many rounds; the committed state."""
+    scenario = scenario or made()
+    settings = override(scenario.settings, f"run.state={path.parent / path.name}-state {text}")
+    with RunFolder.open(path) if path.exists() else RunFolder.create(path, "made", settings) as folder:
+
+        def stop() -> bool:
+            return len(folder.rows()) >= until
+
+        prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, Quiet(), stop)
+        with suppress(job.Stopped):
+            job.run(prepared)
+        state = folder.committed()
+        assert state is not None
+        return state
+
+
+def committed_rows(path: Path) -> list[Row]:
+    found = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in found]
+
+
+@pytest.fixture
+def _large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty clients are a large fleet."""
+    monkeypatch.setattr(spent_file, "LISTED", 10)
+
+
+@pytest.fixture(autouse=True)
+def _no_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Edge models take seconds and have tests of their own."""
+    monkeypatch.setattr(job.edge.bundle, "ship", lambda *_, **__: [])
+
+
+@given(number=st.integers(1, 2000), digits=st.integers(0, 6), data=st.data())
+def test_numbered_names_are_the_names_that_a_list_would_hold(number: int, digits: int, data: st.DataObject) -> None:
+    names = Numbered(number, digits)
+    listed = Listed(names)
+    assert list(names) == list(listed)
+    at = data.draw(st.integers(0, number - 1))
+    assert names[at] == listed[at]
+    assert names.place(names[at]) == listed.place(names[at]) == at
+
+
+@pytest.mark.parametrize(
+    "stranger", ["client-20", "client-1", "client-007", "client--1", "client-", "client-٣٣", "site-01"]
+)
+def test_a_name_that_is_not_of_the_fleet_has_no_place(stranger: str) -> None:
+    assert stranger not in Numbered(20)
+    with pytest.raises(KeyError):
+        Numbered(20).place(stranger)
+
+
+@given(st.lists(st.lists(st.integers(0, 8), unique=True, max_size=6), max_size=6))
+def test_every_value_of_what_clients_spent_stays_what_it_was(cohorts: list[list[int]]) -> None:
+    spent, plain = Spendings(Numbered(9)), dict[str, Spent]()
+    values = [(spent, plain)]
+    for number, cohort in enumerate(cohorts, 1):
+        paid, joined = np.array(cohort, np.int64), np.array(cohort[::2], np.int64)
+        spent, plain = spent.after(number, paid, 2 + paid, 1, joined), dict(plain)
+        for at in cohort:
+            old = plain.get(f"client-{at}", Spent())
+            last = number if at in cohort[::2] else old.last
+            plain[f"client-{at}"] = Spent(old.steps + 2 + at, old.rounds + 1, last, old.whole + 1)
+        values.append((spent, plain))
+    for (value, expected), (older, _) in zip(values, [values[0], *values], strict=False):
+        assert dict(value) == expected
+        differ = np.flatnonzero(older.rows != value.rows)
+        assert set(differ) <= set(value.changed(older).tolist())
+
+
+@pytest.mark.usefixtures("_large")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "fleet.profile=edge fleet.deadline=0.01",
+        "privacy.unit=example privacy.noise_seed=3",
+        "privacy.unit=client privacy.epsilon=50 privacy.noise_seed=3 rounds.minimum=0",
+    ],
+)
+def test_a_large_fleet_goes_through_the_rounds_of_a_listed_one(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = federated(tmp_path / "large", text)
+    monkeypatch.setattr(spent_file, "LISTED", 10_000)
+    listed = federated(tmp_path / "listed", text)
+    assert (large.weights == listed.weights).all()
+    assert committed_rows(tmp_path / "large") == committed_rows(tmp_path / "listed")
+    assert dict(large.clients) == dict(listed.clients)
+    assert (tmp_path / "large" / "fleet").is_dir()
+    assert not (tmp_path / "listed" / "fleet").exists()
+
+
+@pytest.mark.usefixtures("_large")
+def test_a_large_run_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    whole = federated(tmp_path / "whole")
+    for number in (1, 3, 99):
+        state = federated(tmp_path / "parts", until=number)
+    assert (state.weights == whole.weights).all()
+    assert dict(state.clients) == dict(whole.clients)
+
+
+@pytest.mark.usefixtures("_large")
+def test_rows_that_a_crash_kept_from_their_file_come_from_the_checkpoint(tmp_path: Path) -> None:
+    federated(tmp_path / "run", until=2)
+    before = (tmp_path / "run/fleet/spent.npy").read_bytes()
+    state = federated(tmp_path / "run", until=3)
+    torn = (tmp_path / "run/fleet/spent.npy").read_bytes()
+    half = len(before) // 2
+    (tmp_path / "run/fleet/spent.npy").write_bytes(before[:half] + torn[half:])
+    with RunFolder.open(tmp_path / "run") as folder:
+        again = folder.committed()
+    assert again is not None
+    assert dict(again.clients) == dict(state.clients)
+    assert (tmp_path / "run/fleet/spent.npy").read_bytes() == torn
+
+
+@pytest.mark.usefixtures("_large")
+@pytest.mark.parametrize("file", ["fleet/spent.npy", "fleet/digests.npy", "fleet/plans.npy"])
+@pytest.mark.parametrize("how", ["gone", "cut"])
+def test_a_damaged_array_of_a_run_is_refused_by_its_name(file: str, how: str, tmp_path: Path) -> None:
+    federated(tmp_path / "run", until=2)
+    path = tmp_path / "run" / file
+    content = path.read_bytes()
+    path.unlink()
+    if how == "cut":
+        path.write_bytes(content[:40])
+    with pytest.raises(Refused, match=r"checkpoint|digests|plans"):
+        federated(tmp_path / "run")
+
+
+@pytest.mark.usefixtures("_large")
+def test_a_large_run_notices_whose_data_have_changed(tmp_path: Path) -> None:
+    federated(tmp_path / "run", until=2)
+    with pytest.raises(Refused, match="data of client client-07"):
+        federated(tmp_path / "run", scenario=made(shift=1.0))
+
+
+class Counted(roster.Roster):
+    """A roster that counts whom it was asked for."""
+
+    asked = 0
+
+    def value(self, at: int) -> Hello:
+        self.asked += 1
+        return super().value(at)
+
+
+def touched(path: Path, clients: int) -> dict[str, int]:
+    """What three rounds of 50 of `clients` look at and write."""
+    read = Counter[str]()
+
+    def data(name: str) -> Examples:
+        read[name] += 1
+        return Examples(torch.ones(1, 3), torch.zeros(1, dtype=torch.int64))
+
+    held = Federation(ByName(Numbered(clients), lambda at: 1), data, data("validation"), data("test"))
+    net = {"net": lambda: nn.Linear(3, 2)}
+    text = f"export.prune=0 rounds.number=3 rounds.fraction={50 / clients!r} local.batch=0"
+    scenario = Scenario("made", override(Settings(), text), net, lambda _: held, name="made")
+    with RunFolder.create(path, "made", scenario.settings) as folder:
+        met = job.prepare(scenario, scenario.settings, folder, EmbeddedFleet, Quiet())
+        assert isinstance(met.roster, roster.Roster)
+        counted = Counted(met.roster.names, met.roster.examples, met.roster.digests, met.roster.able)
+        state = first_state(met.node.template, scenario.settings)
+        read.clear()
+        *_, (_, row) = rounds(met.fleet, counted, {}, state, scenario.settings, met.accounts, lambda _: NOTHING)
+    assert row["replies"] == 50
+    size = (path / "checkpoint.safetensors").stat().st_size
+    return {"hellos": counted.asked, "data": read.total(), "bytes, to the nearest kB": round(size, -3)}
+
+
+def test_a_round_touches_only_its_cohort(tmp_path: Path) -> None:
+    """Three times the fleet, the same cohort: as many clients looked at, as much written."""
+    small, large = touched(tmp_path / "small", 20_000), touched(tmp_path / "large", 60_000)
+    assert small == large
+    assert large["data"] == 3 * 50
+
+
+@given(
+    data=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 40), st.integers(0, 4)), min_size=1, max_size=12),
+    unit=st.sampled_from(["example", "both", "client"]),
+)
+def test_who_can_pay_and_what_was_spent_are_what_each_client_would_answer(
+    data: list[tuple[int, int, int]], unit: str
+) -> None:
+    """data: examples, steps and rounds as a whole that each client has spent."""
+    settings = override(Settings(), f"privacy.unit={unit} local.batch=1 rounds.number=3 privacy.epsilon=30")
+    names = Numbered(len(data))
+    met = {name: Hello(name, examples, "") for name, (examples, _, _) in zip(names, data, strict=True)}
+    mechanism = Mechanism(1.0, 9.0)
+    both = Plan(mechanism, 1.0, 9.0, 1e-5, 3) if unit == "both" else None
+    kinds = [Plan(mechanism, 1.0, 9.0, 1e-5, 20 + size, whole=both) for size in range(4)]
+    plans = {name: kinds[hello.examples] for name, hello in met.items() if hello.examples}
+    spent = {name: Spent(steps, 1, 0, whole) for name, (_, steps, whole) in zip(names, data, strict=True)}
+    costs = {name: select.round_steps(settings, met[name].examples) for name in plans}
+    truth = [select.can_pay(plan, spent[name], costs[name]) for name, plan in plans.items()]
+    assert select.able(met, plans, spent, settings).tolist() == truth
+    epsilons = [accounting.epsilon({mechanism: spent[name].steps}, 1e-5) for name in plans]
+    state = ServerState(np.zeros(1, np.float32), (), {}, 1, clients=spent)
+    assert worst_epsilon(state, plans) == max(epsilons, default=None)
+
+
+def test_the_ledgers_gate_lets_through_whom_it_would_let_through_alone(tmp_path: Path) -> None:
+    ledger, random = Ledger(tmp_path / "a.ledger"), np.random.default_rng(5)
+    accounts = [Account("example", f"client-{at:03}", "data") for at in range(60)]
+    mechanism = Mechanism(0.03, 1.1)
+    ledger.open(dict.fromkeys(accounts, (1.3, 1e-5)))
+    ledger.reserve("before", 1, {account: (mechanism, int(random.integers(1, 60))) for account in accounts})
+    asks = {account: (mechanism, int(random.integers(1, 30))) for account in accounts}
+    alone = {
+        account
+        for account, (_, steps) in asks.items()
+        if accounting.epsilon({mechanism: ledger.accounts[account].history[mechanism] + steps}, 1e-5) > 1.3
+    }
+    assert 5 < len(alone) < 55
+    assert ledger.over(asks).keys() == alone
+    assert ledger.reserve("run", 1, asks).keys() == alone
+
+
+@pytest.mark.parametrize(
+    "text", ["privacy.unit=example", "privacy.unit=both privacy.client_epsilon=40 rounds.minimum=0"]
+)
+def test_the_rows_of_many_clients_stand_beside_the_report_which_covers_them(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_rows, "LISTED", 10)
+    federated(tmp_path / "run", text)
+    path = tmp_path / "run" / "report.json"
+    report = json.loads(path.read_text())
+    assert report["privacy"]["clients"] == []
+    assert report["privacy"]["clients_file"]["rows"] == len(SIZES)
+    rows = [json.loads(line) for line in (tmp_path / "run/clients.jsonl").read_text().splitlines()]
+    assert [row["name"] for row in rows] == list(Numbered(len(SIZES)))
+    assert report["privacy"]["worst_epsilon"] == max(row["epsilon"] for row in rows)
+    assert 'href="clients.jsonl"' in (tmp_path / "run/report.html").read_text() or len(SIZES) <= MOST_CLIENTS
+    assert verify.check(path).wrong == []
+    rows[3]["epsilon"] *= 0.5
+    (tmp_path / "run/clients.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert any("clients.jsonl is not the file" in line for line in verify.check(path).wrong)
+
+
+def peak(clients: int, number: int = 3) -> float:
+    """Bytes that a process takes at its peak for a run of the no-op benchmark, beyond what it took before."""
+    words = ["benchmarks/fleet.py", "--one", str(clients), "--rounds", str(number)]
+    done = subprocess.run([sys.executable, *words], cwd=HOUSE, check=True, capture_output=True, text=True)
+    return float(json.loads(done.stdout.splitlines()[-1])["bytes_a_client"]) * clients
+
+
+def test_a_registered_client_takes_64_bytes_at_most() -> None:
+    """1,000 asked of 10,001 to 1,000,000: the slope between them, all that the run allocates at any moment."""
+    small, middle, large = (peak(clients) for clients in (10_001, 100_000, 1_000_000))
+    assert (middle - small) / 90_000 < 64
+    assert (large - middle) / 900_000 < 64
+
+
+def test_memory_is_flat_over_the_rounds() -> None:
+    few, many = (peak(20_000, number) for number in (3, 30))
+    assert many - few < 4e6
