@@ -236,8 +236,7 @@ class Grid:
             np.clip(exact[part], -self.top, self.top, out=exact[part])
         for _ in range(_AGAIN):
             for part in _parts(self.size):
-                random.random(out=steps[part])
-                steps[part] += exact[part]
+                np.add(exact[part], random.random(part.stop - part.start), out=steps[part])
                 np.floor(steps[part], out=steps[part])
                 np.minimum(steps[part], self.top, out=steps[part])  # top + u is top + 1 for the last few u below 1
             if not self.clip or self._short(steps):
