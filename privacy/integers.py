@@ -190,9 +190,11 @@ class Grid:
             values *= self.clip / length
         if self.rotation is not None:
             values = rotated(values, self.rotation)
-        steps, entries = self._rounded(values, heavy, np.random.default_rng(seed)), np.empty(self.entries, np.uint64)
+        entries = np.empty(self.entries, np.uint64)
+        steps = entries[:-2].view(np.float64)  # numbers of 8 bytes, each to be overwritten by its own whole number
+        self._round(values, heavy, np.random.default_rng(seed), steps)
         for part in _parts(self.size):
-            np.add(steps[part], self.reach, out=entries[part], casting="unsafe")
+            entries[:-2][part] = steps[part] + self.reach
         entries[-2:] = heavy, within
         return entries
 
@@ -228,9 +230,9 @@ class Grid:
             summed = unrotated(summed, self.rotation)
         return summed, weight / self.heaviest, within - count / 2
 
-    def _rounded(self, values: Floats, heavy: int, random: np.random.Generator) -> Floats:
-        """values (P,), overwritten, times the weight that `heavy` says: to whole steps, at most the norm long."""
-        exact, steps = values, np.empty(self.size)
+    def _round(self, values: Floats, heavy: int, random: np.random.Generator, steps: Floats) -> None:
+        """values (P,), overwritten, times the weight of entry `heavy`: to whole `steps` (P,), at most the norm long."""
+        exact = values
         for part in _parts(self.size):
             exact[part] *= heavy / self.heaviest / self.step
             np.clip(exact[part], -self.top, self.top, out=exact[part])
@@ -240,8 +242,8 @@ class Grid:
                 np.floor(steps[part], out=steps[part])
                 np.minimum(steps[part], self.top, out=steps[part])  # top + u is top + 1 for the last few u below 1
             if not self.clip or self._short(steps):
-                return steps
-        return np.trunc(exact)
+                return
+        np.trunc(exact, out=steps)
 
     def _short(self, steps: Floats) -> bool:
         return float(np.linalg.norm(steps)) * self.step <= self._bound * (1 + 1e-12)
