@@ -30,8 +30,7 @@ def load(states: Path, task: Task) -> ClientState:
 
     Empty where there is none, or where it is of another model. Raises Refused where its file is damaged.
     """
-    path = _file(states, task.client, task.state_round)
-    if not task.state_round or not path.exists():
+    if not task.state_round or not (path := _file(states, task.client, task.state_round)).exists():
         return ClientState()
     try:
         tensors = read(path.read_bytes())

@@ -1,5 +1,7 @@
 """Example-level DP-SGD: the only door to Opacus, from the check of a model to a noisy gradient.
 
+Opacus takes a second and 50 MB to load: it is where it is used, so that runs without it do without.
+
 Guarantee: with the generator of `noise_generator(None)`, every call of `PrivateGradient.step` is one `Mechanism` step
 on the client's examples, add-or-remove-one adjacency, whoever sees the gradient (Abadi et al. 2016, Algorithm 1).
 """
@@ -11,12 +13,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from opacus import GradSampleModule
-from opacus.accountants import PRVAccountant, RDPAccountant
-from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV
-from opacus.optimizers import DPOptimizer
-from opacus.utils.uniform_sampler import UniformWithReplacementSampler
-from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -35,6 +31,8 @@ def check(model: nn.Module) -> None:
     Opacus looks at trainable layers of exact type only; statistics of frozen, non-affine or derived norms
     leave the client as well, so every batch norm, and every norm that tracks statistics, is refused here.
     """
+    from opacus.validators import ModuleValidator
+
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) or getattr(module, "track_running_stats", False):
             raise Refused(
@@ -101,6 +99,8 @@ def noise_generator(seed: int | None) -> torch.Generator:
 def poisson(mechanism: Mechanism, examples: int, steps: int, generator: torch.Generator) -> Iterator[list[int]]:
     """`steps` Poisson samples of the indices below `examples`, each drawn when it is asked for; some may be empty."""
     rate = mechanism.sampling_rate
+    from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+
     sampler = UniformWithReplacementSampler(num_samples=examples, sample_rate=rate, generator=generator, steps=steps)
     return iter(sampler)
 
@@ -133,6 +133,9 @@ class PrivateGradient:
         clip: float,
         generator: torch.Generator,
     ) -> None:
+        from opacus import GradSampleModule
+        from opacus.optimizers import DPOptimizer
+
         self._model, self._loss, self._mechanism, self._generator = model, loss, mechanism, generator
         self._clip = clip
         self._wrapped = GradSampleModule(model)
@@ -188,6 +191,8 @@ def epsilon_rdp(history: History, delta: float) -> float | None:
     """
     if any(mechanism.population for mechanism in history):
         return None
+    from opacus.accountants import RDPAccountant
+
     accountant = RDPAccountant()
     accountant.history = [(m.noise_multiplier, m.sampling_rate, count) for m, count in sorted(history.items()) if count]
     if not accountant.history:
@@ -204,6 +209,9 @@ def epsilon_prv(history: History, delta: float) -> tuple[float, float] | None:
     """
     if any(mechanism.population for mechanism in history):
         return None
+    from opacus.accountants import PRVAccountant
+    from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV
+
     accountant = PRVAccountant()
     accountant.history = [(m.noise_multiplier, m.sampling_rate, count) for m, count in sorted(history.items()) if count]
     if not accountant.history:

@@ -25,13 +25,15 @@ frequencies: that, too, is taken off delta, together with the mass at infinite l
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from dp_accounting.pld import privacy_loss_distribution as pld
 from numpy.typing import NDArray
 
 from privacy.plan import Mechanism
+
+if TYPE_CHECKING:
+    from dp_accounting.pld import privacy_loss_distribution as pld
 
 Array = NDArray[np.float64]
 
@@ -118,6 +120,8 @@ def _window(cumulants: Array, tail: float, interval: float) -> tuple[int, int]:
 @lru_cache(maxsize=2048)
 def _one_step(mechanism: Mechanism, interval: float) -> tuple[_Losses, _Losses]:
     """dp-accounting's connect-the-dots (Doroshenko et al. 2022) for removing and for adding an example."""
+    from dp_accounting.pld import privacy_loss_distribution as pld  # loaded where something is accounted
+
     found = pld.from_gaussian_mechanism(
         mechanism.noise_multiplier,
         value_discretization_interval=interval,

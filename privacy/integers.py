@@ -19,6 +19,7 @@ Legend: P values of an update, s the step, C the clipping norm.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +38,8 @@ WIDEST = 63
 _BETA = 1e-6
 """Chance of a rounding that has to be done again: the bias of conditional rounding is of its order."""
 _AGAIN = 3
+_PART = 1 << 15
+"""Values that are rounded at a time: passes over all of them would wait for memory."""
 _WORTH = 1.04
 """The most that rounding on the range +-C may add to the norm; where it adds more, coordinates are rotated."""
 _SPREAD = 4
@@ -178,17 +181,20 @@ class Grid:
         """
         if update.shape != (self.size,):
             raise ValueError(f"an update of shape {update.shape} for a grid of {self.size} values")
-        if not np.isfinite(update).all():
-            raise ValueError("an update that is not finite (NaN or infinity) has no place on a grid")
         heavy = self.weigh(weight)
         values = update.astype(np.float64)
-        if self.clip and (length := float(np.linalg.norm(values))) > self.clip:
+        length = float(np.linalg.norm(values))
+        if not math.isfinite(length):
+            raise ValueError("an update that is not finite (NaN or infinity) has no place on a grid")
+        if self.clip and length > self.clip:
             values *= self.clip / length
         if self.rotation is not None:
             values = rotated(values, self.rotation)
-        exact = np.clip(values * (heavy / self.heaviest / self.step), -self.top, self.top)
         entries = np.empty(self.entries, np.uint64)
-        entries[:-2] = (self._rounded(exact, np.random.default_rng(seed)) + self.reach).astype(np.uint64)
+        steps = entries[:-2].view(np.float64)  # numbers of 8 bytes, each to be overwritten by its own whole number
+        self._round(values, heavy, np.random.default_rng(seed), steps)
+        for part in _parts(self.size):
+            entries[:-2][part] = steps[part] + self.reach
         entries[-2:] = heavy, within
         return entries
 
@@ -224,17 +230,28 @@ class Grid:
             summed = unrotated(summed, self.rotation)
         return summed, weight / self.heaviest, within - count / 2
 
-    def _rounded(self, exact: Floats, random: np.random.Generator) -> Floats:
-        """`exact` (P,), in steps, to whole steps; at most the norm long."""
+    def _round(self, values: Floats, heavy: int, random: np.random.Generator, steps: Floats) -> None:
+        """values (P,), overwritten, times the weight of entry `heavy`: to whole `steps` (P,), at most the norm long."""
+        exact = values
+        for part in _parts(self.size):
+            exact[part] *= heavy / self.heaviest / self.step
+            np.clip(exact[part], -self.top, self.top, out=exact[part])
         for _ in range(_AGAIN):
-            # top + u is top + 1 in float64 for the last few u below 1
-            steps = np.minimum(np.floor(exact + random.random(self.size)), self.top)
+            for part in _parts(self.size):
+                np.add(exact[part], random.random(part.stop - part.start), out=steps[part])
+                np.floor(steps[part], out=steps[part])
+                np.minimum(steps[part], self.top, out=steps[part])  # top + u is top + 1 for the last few u below 1
             if not self.clip or self._short(steps):
-                return steps
-        return np.trunc(exact)
+                return
+        np.trunc(exact, out=steps)
 
     def _short(self, steps: Floats) -> bool:
         return float(np.linalg.norm(steps)) * self.step <= self._bound * (1 + 1e-12)
+
+
+def _parts(size: int) -> Iterator[slice]:
+    """Of a vector (size,), parts that stay in the cache from one operation to the next."""
+    return (slice(start, min(start + _PART, size)) for start in range(0, size, _PART))
 
 
 def rotated(values: Floats, seed: int) -> Floats:

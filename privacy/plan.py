@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import dp_accounting as dp
+if TYPE_CHECKING:
+    import dp_accounting as dp
 
 History = Mapping["Mechanism", int]
 """How often each mechanism ran on one client's data; the order does not matter."""
@@ -28,10 +30,12 @@ class Mechanism:
             raise ValueError(f"a fixed number cannot be {self.sampling_rate:g} of {self.population}")
 
     @property
-    def event(self) -> dp.DpEvent:
+    def event(self) -> "dp.DpEvent":
         """What to account. Add or remove one (Abadi et al. 2016; Mironov et al. 2019); with a population replace one,
         where one vector changes the sum by up to 2C, so noise of z C is z / 2 sensitivities (Wang et al. 2019).
         """
+        import dp_accounting as dp  # it takes a second to load, and few who import a plan account for it
+
         if self.population:
             drawn = round(self.sampling_rate * self.population)
             noise = dp.GaussianDpEvent(self.noise_multiplier / 2)

@@ -19,12 +19,11 @@ from scenarios import Scenario, build_model
 from scenarios.numbered import named
 from scenarios.settings import Settings
 from scenarios.weights import Vector, flatten, layout, unflatten
-from server import accounts, budget, combine, edge, evaluation, facts, key_home, pairs, report, select, signature, step
+from server import accounts, budget, combine, evaluation, key_home, pairs, select, signature, step
 from server import start as start_of_run
 from server.accounts import Accounts, Exhausted
 from server.gather import Gather, clear, grid
 from server.masked import Masked
-from server.publish import publish
 from server.record import RunFolder, save_named
 from server.references import references
 from server.rounds import Fleet, rounds
@@ -32,7 +31,6 @@ from server.score import NOTHING, scorer
 from server.score import check as check_score
 from server.spendings import spendings
 from server.state import Row, Score, ServerState, final_weights, first_state
-from server.statement import Told, stated
 
 
 class Progress(Protocol):
@@ -259,6 +257,10 @@ def _federate(job: Job, state: ServerState) -> ServerState:
 
 def _ship(job: Job, state: ServerState, compared: Mapping[str, Any]) -> dict[str, Any]:
     """Prune, recover, export, choose, report."""
+    from server import edge, facts, report  # with onnx, matplotlib and accountants: 100 MB that no round needs
+    from server.publish import publish
+    from server.statement import Told, stated
+
     began, final = time.monotonic(), final_weights(state)
     recovered, recovery = _recover(job, state, final)
     shipped = edge.ship(job.node, job.folder.path, final, recovered, recovery, job.progress.status)
@@ -293,6 +295,8 @@ def _ship(job: Job, state: ServerState, compared: Mapping[str, Any]) -> dict[str
 
 def _recover(job: Job, state: ServerState, final: Vector) -> tuple[ServerState | None, str]:
     """(the state after pruning and its recovery rounds, or None where nothing is pruned; what was done, in words)."""
+    from server import edge
+
     wanted, paid = job.node.settings.export.recover_rounds, True
     if state.phase == "train":
         paid = edge.affordable(job.roster, job.plans, state.clients, job.node.settings)

@@ -16,6 +16,7 @@ from torch import nn
 
 from clients import roster
 from clients.task import Hello
+from edge_export import bundle
 from privacy import accounting
 from privacy.ledger import Account, Ledger
 from privacy.plan import Mechanism, Plan
@@ -95,7 +96,7 @@ def _large(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def _no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """Edge models take seconds and have tests of their own."""
-    monkeypatch.setattr(job.edge.bundle, "ship", lambda *_, **__: [])
+    monkeypatch.setattr(bundle, "ship", lambda *_, **__: [])
 
 
 @given(number=st.integers(1, 2000), digits=st.integers(0, 6), data=st.data())
