@@ -39,14 +39,18 @@ class Batches:
     """B."""
 
 
+_WORTH = 4
+"""How many multiplications of small products cost as much as one of those that read and move a client's weights."""
+
+
 def pays(chain: Stack, rows: int) -> bool:
     """Whether so many examples a client and round cost less this way than through weights of the client's own.
 
     A row meets the rows before it, half of `rows` on average, in both directions; weights would be met, and moved, by
-    every row: counted in multiplications.
+    every row: counted in multiplications, of which the many small products of the other way take longer.
     """
     small = sum(rows / 2 * 2 * (layer.inputs + layer.outputs) for layer in chain.layers)
-    return small <= sum(layer.inputs * layer.outputs for layer in chain.layers)
+    return small <= _WORTH * sum(layer.inputs * layer.outputs for layer in chain.layers)
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,18 @@ from pathlib import Path
 from workload import MODELS, Workload
 
 from scenarios import Examples, Federation, Scenario
+from scenarios.numbered import ByName, Numbered
 from scenarios.settings import Evaluation, Export, Local, Reference, Settings
 
 
 def data(settings: Settings) -> Federation:
     """Every client's rows, made when asked for."""
     workload = Workload.read(Path(settings.run.data))
-    width = len(str(workload.clients - 1))
-    names = [f"client-{i:0{width}}" for i in range(workload.clients)]
+    names = Numbered(workload.clients)
     validation = Examples(*(part[:1] for part in workload.test()))
     return Federation(
-        sizes=dict.fromkeys(names, workload.examples),
-        client=lambda name: Examples(*workload.local(int(name.rpartition("-")[2]))),
+        sizes=ByName(names, lambda at: workload.examples),
+        client=lambda name: Examples(*workload.local(names.place(name))),
         validation=validation,
         test=Examples(*workload.test()),
     )

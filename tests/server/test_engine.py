@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -273,3 +274,20 @@ def test_a_row_says_how_its_round_was_trained(tmp_path: Path) -> None:
 def test_a_row_of_a_secret_draw_does_not_say_how_many_were_drawn(tmp_path: Path) -> None:
     _, rows = federate(tmp_path, f"{WAYS['secret draw']} local.engine=cohort rounds.number=6")
     assert {row["engine"]["block"] for row in rows} == {3}
+
+
+@pytest.mark.parametrize("way", ["mean", "example"])
+def test_a_round_from_any_checkpoint_of_a_run_comes_to_the_same_weights(tmp_path: Path, way: str) -> None:
+    single, text = made_node(tmp_path, f"{WAYS[way]} rounds.number=10"), f"{WAYS[way]} rounds.number=10"
+    fleet = EmbeddedFleet(single)
+    plans = budget.plans(fleet.hello(), single.settings)
+    states = [first_state(single.template, single.settings)]
+    told = states[0], single.settings, Kept(), lambda _: Score(1.0, 0.5)
+    states += [state for state, _ in rounds(fleet, fleet.hello(), plans, *told)]
+    off = []
+    for before, after in pairwise(states):
+        found, _ = federate(tmp_path, f"{text} local.engine=cohort", replace(before, until=after.round))
+        off.append(np.abs(found.weights - after.weights).max() / np.abs(after.weights).max())
+    assert len(off) == 10
+    assert np.median(off) <= 1e-5
+    assert max(off) <= 1e-2
