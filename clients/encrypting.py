@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from clients.masking import hold_to, view
-from clients.task import Task
+from clients.task import Protection, Task
 from privacy import bfv, durable, holder, key_letter
 from privacy.bfv import Parameters
 from privacy.encrypted_sum import Protector
@@ -79,6 +79,8 @@ class Member:
         if (asked := task.protection) is None:
             raise Refused("the task is without the protection that this node's settings ask for")
         hold_to(asked.minimum, self.wanted)
+        if asked.of_tests != (task.kind == "evaluate"):
+            raise Refused("an update has no place in a sum of test results, nor they in one of updates")
         try:
             said, (letter, public) = holder.unpack(asked.request)
             attempt = said["attempt"]
@@ -91,17 +93,17 @@ class Member:
         made = parameters(grid, self.wanted)
         identity, private = Ed25519PublicKey.from_public_bytes(self.holder), recipient(self.states, task.client)
         keys = key_letter.read(letter, public, asked.run, task.client, ROUNDS, made, identity, private)
-        self._once(task, asked.run, attempt)
+        self._once(task, asked, attempt)
         return Protector(keys).protect(task.round, values, shown(task, grid, attempt, asked.minimum).hash)
 
-    def _once(self, task: Task, run: str, attempt: int) -> None:
+    def _once(self, task: Task, asked: Protection, attempt: int) -> None:
         """Note down, before it is done, that this round of this attempt is answered. Raises Refused for a second time.
 
         Of two different answers under one tag the server could make combinations that pass as one, and of two runs
         at once the key holder would open two sums that differ by one client.
         """
         folder = hashlib.sha256(task.client.encode()).hexdigest()[:16]  # a name from the network is no path
-        path, base = self.states / folder / "encrypted", run.partition(":")[0]
+        path, base = self.states / folder / ("encrypted-tests" if asked.of_tests else "encrypted"), asked.base
         known, *last = json.loads(path.read_bytes()) if path.exists() else [base, 0, 0]
         if known != base:
             raise Refused("the server calls this run by another name than before: start a new run")

@@ -100,7 +100,17 @@ def view(task: Task, grid: Grid) -> bytes:
     A server that gave all but one another model, or another largest client, would find that one's update alone in the
     sum (Pasquini, Francati and Ateniese 2022).
     """
-    said = [task.round, task.layout, task.rate, task.clip, task.update_clip, task.update_noise, task.largest, grid]
+    said = [
+        task.kind,
+        task.round,
+        task.layout,
+        task.rate,
+        task.clip,
+        task.update_clip,
+        task.update_noise,
+        task.largest,
+        grid,
+    ]
     hashed = hashlib.sha256(repr(said).encode())
     hashed.update(task.weights.astype("<f4").tobytes())
     hashed.update(b"" if task.coordinates is None else task.coordinates.astype("<u4").tobytes())
@@ -142,10 +152,12 @@ class Member:
             attempt, stage = addressed(asked.request, run_id(asked.run, rules))
             if (stage is Stage.MASK) != (values is not None) or attempt.round != task.round:
                 raise ValueError(f"{stage.name.lower()} of {attempt} has no place in a task to {task.kind}")
+            if values is not None and asked.of_tests != (task.kind == "evaluate"):
+                raise ValueError("an update has no place in a sum of test results, nor they in one of updates")
             if values is not None and attempt.view != view(task, grid):
                 raise ValueError("the other clients have not been shown this model, or not with these settings")
             folder = self.states / hashlib.sha256(task.client.encode()).hexdigest()[:16]  # a name is no path
-            _once(folder / "masked", asked.run, attempt)
+            _once(folder / ("masked-tests" if asked.of_tests else "masked"), asked.base, attempt)
             store = FileStore(folder / f"masks-{attempt.run.hex()[:16]}")
             key = identity(self.states, task.client)
             client = Client(task.client, key, self.peers, asked.run, rules, store)

@@ -11,6 +11,8 @@ from privacy.noise_shares import Shares
 from privacy.plan import Mechanism
 from scenarios.weights import Layout, Vector
 
+_TESTS = "tests"
+
 
 @dataclass(frozen=True)
 class Device:
@@ -71,16 +73,31 @@ class Charge:
 
 @dataclass(frozen=True)
 class Protection:
-    """What the server says to a client so that it may hide its update (privacy/masks.py, privacy/key_letter.py)."""
+    """What the server says to a client so that it may hide what it adds (privacy/masks.py, privacy/key_letter.py)."""
 
     run: str
-    """The run's name in the protocol."""
+    """The run's name in the protocol, which may go on after a colon: sums of test results have one of their own."""
     entries: int
-    """Integers of an update."""
+    """Integers of what a client adds."""
     minimum: int
     """Fewest clients whose sum may be read."""
     request: bytes
     """The protocol's own message: of masks, or the key under which to encrypt."""
+
+    @property
+    def base(self) -> str:
+        """The name of the run, whatever is summed in it."""
+        return self.run.partition(":")[0]
+
+    @property
+    def of_tests(self) -> bool:
+        """Whether test results are summed, no updates."""
+        return self.run.split(":")[1:2] == [_TESTS]
+
+
+def tests_of(run: str) -> str:
+    """The name under which the test results of `run` are summed: with rounds, keys and records of their own."""
+    return f"{run}:{_TESTS}"
 
 
 @dataclass(frozen=True)
@@ -151,7 +168,8 @@ class Reply:
     round: int
     client: str
     payload: bytes = b""
-    """train: the encoded update (new weights minus the task's weights); protect: the protocol's answer."""
+    """train: the encoded update (new weights minus the task's weights); protect: the protocol's answer; evaluate: test
+    results that are hidden, and then `examples`, `loss` and `correct` say nothing."""
     examples: int = 0
     """train: training examples; evaluate: test examples."""
     steps: int = 0

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clients import codecs, coordinates, device, encrypting, masking, scaffold, sgd, state, upload
 from clients.task import Device, Hello, Reply, Task
-from privacy import accounting, cohort_noise, dp_sgd, durable, local_noise, noise_shares, noisy_counts
+from privacy import accounting, cohort_noise, dp_sgd, durable, exact_counts, local_noise, noise_shares, noisy_counts
 from privacy.integers import Grid, Integers
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, build_model, predict
@@ -246,10 +246,17 @@ def _evaluate(node: Node, task: Task) -> Reply:
         raise Refused(f"scenario {node.scenario.name} gives its clients no test data: set evaluation.on=server")
     if node.settings.evaluation.epsilon is not None and task.mechanism is None:
         raise Refused("the task is without the noise on test results that this node's settings ask for")
+    if node.settings.evaluation.epsilon is None and task.mechanism is not None:
+        raise Refused("the task asks for noise on test results that this node's settings do not ask for")
     examples = node.federation.client_test(task.client)
     if task.mechanism is not None:
         _few_enough(node, task.client, len(examples.y))
     loss, correct = evaluate(_model(node, task), examples, node.scenario.loss)
+    if node.settings.hides_tests:
+        grid = upload.grid_of(task, node.settings)
+        assert grid is not None
+        told = exact_counts.entries(grid, len(examples.y), correct, loss)
+        return Reply(task.round, task.client, _hidden(node, task, grid, told))
     if task.mechanism is None:
         return Reply(task.round, task.client, examples=len(examples.y), loss=loss, correct=correct)
     seed = node.settings.privacy.noise_seed

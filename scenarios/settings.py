@@ -227,6 +227,16 @@ class Settings(Section):
     reference: Reference = Reference()
     report: Report = Report()
 
+    @property
+    def hides_tests(self) -> bool:
+        """Whether a client says what its test examples make of the model in a protected sum alone, without noise."""
+        return self.protect.mode != "none" and self.evaluation.epsilon is None
+
+    @property
+    def sums_tests(self) -> bool:
+        """Whether the run's test results are such sums."""
+        return self.hides_tests and self.evaluation.on == "clients"
+
 
 def knobs(settings: Section, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
     """Every setting as (dotted name, value, one-line meaning), in the order of this file."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from privacy.ledger import TESTS, Account, Ledger
 from privacy.plan import Mechanism, Plan
-from scenarios.settings import Evaluation
+from scenarios.settings import Settings
 from server import groups, guarantee
 
 Record = dict[str, Any]
@@ -89,7 +89,7 @@ def group(
     report: Mapping[str, Any],
     plans: Mapping[str, Plan],
     rows: Sequence[Record],
-    evaluation: Evaluation,
+    settings: Settings,
     beside: Beside,
 ) -> Record:
     """The statement's group of that name: this run, the runs beside it, and what may be claimed of all."""
@@ -118,9 +118,11 @@ def group(
         "refused": refused,
         "refused_reason": None if refused else "nobody was refused, or who was is a secret",
         "evaluation": "nothing: the server evaluated on data of its own"
-        if evaluation.on == "server"
+        if settings.evaluation.on == "server"
+        else "the sums of the clients' test results were read without noise and are not covered"
+        if settings.sums_tests
         else "the clients' test results left without noise and are not covered"
-        if evaluation.epsilon is None
+        if settings.evaluation.epsilon is None
         else "the clients' test results were noised and charged to accounts of their test examples",
         "search": "settings tried in earlier runs on the same ledger are added up one by one in epsilon_total, all "
         "others are not covered; `umbel search` and `umbel plan --trials` say what a search costs",

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 import numpy as np
 
 from clients import encrypting, upload
-from clients.task import Hello, Protection, Reply, Task
+from clients.task import Hello, Protection, Reply, Task, tests_of
 from privacy import frames, packing
 from privacy.bfv import Parameters
 from privacy.cohort_noise import CohortNoise
@@ -54,6 +54,11 @@ class Encrypted:
         except (Closed, Died, Refused, Unreachable) as error:
             self._deals.clear()  # the next round begins by asking whether there is a key
             return Summed(np.zeros(grid.size), 0.0, 0.0, f"no encrypted sum: {error}")
+
+    def tests(self, minimum: int) -> "Encrypted":
+        """What sums the run's test results, of `minimum` clients at the fewest, under keys of their own."""
+        assert self.noise is None, "refused by pairs.check"
+        return Encrypted(tests_of(self.run), self.attempt, minimum, self.wanted, self.holder)
 
     def meet(self, parameters: Parameters, roster: Mapping[str, Hello]) -> None:
         """Have keys dealt before anyone trains. Raises Refused where there are none, or not for all of `roster`."""

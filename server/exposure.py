@@ -57,6 +57,8 @@ def who_learns(settings: Settings, entries: int, clients: int, runtime: str) -> 
         said = list(_clear(settings))
     if settings.privacy.by_shares:
         said.append(_shares(select.honest(clients, settings), mode, trust))
+    if settings.sums_tests:
+        said.append(_tests(select.least_evaluated(clients, settings)))
     if (sent := upload.values(settings, entries)) < entries:
         said.append(_coordinates(sent, entries))
     said += [_weights(settings), _visible(settings), _lies(settings)]
@@ -83,11 +85,15 @@ def besides(settings: Settings) -> str:
     )
 
 
-def key_holder(protect: Protect, bare: bool) -> tuple[str, bool]:
-    """(what the key holder sees, whether before noise is added); bare: the sums of updates have none for the unit."""
+def key_holder(protect: Protect, bare: bool, tests: bool = False) -> tuple[str, bool]:
+    """(what the key holder sees, whether before noise is added); bare: the sums of updates have none for the unit.
+
+    tests: it opens sums of test results, too.
+    """
     if protect.mode != "encrypted":
         return "nothing: updates are not encrypted, so nobody holds a key", False
-    return "one sum of updates a round, proven to be that of the clients named to it; no single update", bare
+    more = ", and one of test results an evaluation" if tests else ""
+    return f"one sum of updates a round{more}, proven to be that of the clients named to it; no single update", bare
 
 
 def other_clients(protect: Protect, bare: bool) -> tuple[str, bool]:
@@ -241,10 +247,20 @@ def _coordinates(sent: int, entries: int) -> str:
     )
 
 
+def _tests(least: int) -> str:
+    return (
+        "What clients say of their test examples (evaluation.on=clients) is hidden as their updates are: whoever reads "
+        f"a sum of updates learns of each evaluation, without noise, how many test examples at least {least} clients "
+        "have together, how many of them were right and what their losses add up to. A client's number of test "
+        "examples stays as it is: where two evaluations differ by one client, their difference tells that number, and "
+        "nearly what it got right."
+    )
+
+
 def _visible(settings: Settings) -> str:
     hidden = settings.protect.mode != "none"
     counts = "how many examples each client says it has, how many steps it took"
-    if settings.evaluation.on == "clients":
+    if settings.evaluation.on == "clients" and not settings.sums_tests:
         noised = "noised" if settings.evaluation.epsilon is not None else "without noise"
         counts += f", what it says of its test examples ({noised})"
     weight = ""

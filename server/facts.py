@@ -57,7 +57,7 @@ def collect(
             "loss": final.loss,
             "worst_client_accuracy": final.worst,
             "evaluated_by": settings.evaluation.on,
-            "reason": None if final.accuracy is not None else "no client evaluated the final weights",
+            "reason": None if final.accuracy is not None else _untold(settings),
         },
         "reference": {key: value for key, value in compared.items() if key != "seconds"},
         "privacy": _privacy(node, state, roster, plans, tests, accounts, compared),
@@ -207,7 +207,8 @@ def _seeds(settings: Settings) -> str:
 def _not_covered(node: Node, promised: Sequence[str], compared: Mapping[str, Any]) -> list[str]:
     texts = list(promised)
     if node.settings.evaluation.on == "clients" and node.settings.evaluation.epsilon is None:
-        texts.insert(0, "test accuracy and loss that the clients computed, released without noise")
+        whose = "over all clients, exact sums" if node.settings.sums_tests else "that the clients computed, released"
+        texts.insert(0, f"test accuracy and loss {whose} without noise")
     if any(value is not None for name, value in compared.items() if name.endswith("accuracy")):
         texts.append("the accuracies of the reference runs, which train on the clients' data without privacy")
     return [*texts, exposure.besides(node.settings)]
@@ -220,6 +221,12 @@ def _left_out(rows: Sequence[Row]) -> list[dict[str, Any]]:
         times.update((entry["name"], entry["reason"].split(":")[0]) for entry in [*row["skipped"], *row["rejected"]])
         times.update((name, "late") for name in row["late"])
     return _listed(times)
+
+
+def _untold(settings: Settings) -> str:
+    """Why nobody knows how the final weights do."""
+    summed = "no sum of the clients' test results could be read after the last round: fleet.unevaluated says why"
+    return summed if settings.sums_tests else "no client evaluated the final weights"
 
 
 def _unevaluated(rows: Sequence[Row], final: Score) -> list[dict[str, Any]]:

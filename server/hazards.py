@@ -64,7 +64,9 @@ def hazards(report: Mapping[str, Any]) -> list[Hazard]:
         (
             "metrics without noise",
             not by_clients,
-            "the clients' test results leave without noise"
+            "the sums of the clients' test results have no noise"
+            if by_clients and report["settings"].get("protect.mode", "none") != "none"
+            else "the clients' test results leave without noise"
             if by_clients
             else "the clients noise their test results"
             if noised

@@ -7,7 +7,7 @@ import numpy as np
 
 from clients import upload
 from clients.masking import view
-from clients.task import Hello, Protection, Reply, Task
+from clients.task import Hello, Protection, Reply, Task, tests_of
 from privacy import masked_sum
 from privacy.dealing import Lost
 from privacy.frames import Attempt, Rules, Stage, run_id
@@ -37,6 +37,10 @@ class Masked:
     """Fewest clients whose sum may be read."""
     tell: Callable[[str], None] = lambda text: None
     """Hears of each stage as it begins; never how many take part, which may be secret."""
+
+    def tests(self, minimum: int) -> "Masked":
+        """What sums the run's test results, of `minimum` clients at the fewest."""
+        return replace(self, run=tests_of(self.run), minimum=minimum)
 
     def __call__(self, ask: Ask, tasks: Sequence[Task], grid: Grid, good: Good, roster: Mapping[str, Hello]) -> Summed:
         """With a reason where too few came to the end, or what they sent is no sum of what they were to send."""
@@ -123,7 +127,11 @@ class Masked:
         return failed
 
     def _say(self, tasks: Sequence[Task], stage: Stage) -> None:
-        self.tell(f"{_DOING[stage]}, round {tasks[0].round}")
+        number, doing = tasks[0].round, _DOING[stage]
+        if tasks[0].kind == "evaluate":
+            self.tell(f"{doing.replace('train', 'evaluate')}, evaluation {number}")
+        else:
+            self.tell(f"{doing}, round {number}")
 
     def _asked(self, task: Task, requests: Mapping[str, bytes], grid: Grid) -> Task:
         said = Protection(self.run, grid.entries, self.minimum, requests[task.client])

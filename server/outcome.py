@@ -68,7 +68,8 @@ def utility(report: Mapping[str, Any]) -> Group:
         "central": reference["central_accuracy"],
         "central_reason": reference["central_reason"],
         "worst_client": final["worst_client_accuracy"],
-        "worst_client_reason": "known where the clients evaluate (evaluation.on=clients)",
+        "worst_client_reason": "known where the clients evaluate and each says how it does (evaluation.on=clients, "
+        "protect=none, no evaluation.epsilon)",
         "subgroup_gap_reason": "a scenario does not declare subgroups",
     }
 

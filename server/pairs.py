@@ -168,6 +168,12 @@ def _encryptable(settings: Settings) -> None:
             f"protect.trust=shared lets every client read the sum before privacy.unit={unit} has put noise on it: set "
             f"{way}privacy.noise=shares, with which clients noise what they encrypt, or protect.trust=split"
         )
+    if settings.sums_tests and settings.privacy.by_client and not settings.privacy.by_shares:
+        raise Refused(
+            f"evaluation.on=clients sums test results, and the key holder of privacy.unit={unit} opens no sum without "
+            "its noise: set evaluation.epsilon, with which clients noise their own, evaluation.on=server, or "
+            "protect=masked"
+        )
     if settings.privacy.bands > 1:
         raise Refused(
             "privacy.bands correlates the noise of rounds, and the key holder of protect=encrypted draws that of each "

@@ -19,7 +19,7 @@ from scenarios import Scenario, build_model
 from scenarios.numbered import named
 from scenarios.settings import Settings
 from scenarios.weights import Vector, flatten, layout, unflatten
-from server import accounts, budget, combine, key_home, pairs, select, signature, step
+from server import accounts, budget, combine, evaluation, key_home, pairs, select, signature, step
 from server import start as start_of_run
 from server.accounts import Accounts, Exhausted
 from server.gather import Gather, clear, grid
@@ -145,9 +145,10 @@ def prepare(
             roster = start_of_run.met_again(start, roster, server_data)
             tests = budget.test_plans(roster, settings)
             charged = accounts.prepared(scenario, settings, folder, roster, plans, runtime, start, tests, before)
-        score = scorer(node, fleet, named(roster), tests, charged)
         tell = progress.status if runtime == "deployment" else lambda text: None  # elsewhere a stage is over at once
         gathered = _gathered(node, folder, fleet, roster, plans, runtime, tell)
+        summed = evaluation.summed(gathered, folder, roster, settings)
+        score = scorer(node, fleet, named(roster), tests, charged, summed)
     except Refused:
         if start is None:
             folder.discard()
@@ -187,6 +188,11 @@ def enough(roster: Mapping[str, Hello], settings: Settings) -> None:
         raise Refused(
             f"a round may sum {most} clients, more than protect.max_clients={settings.protect.max_clients} leaves room "
             f"for: set protect.max_clients={most}"
+        )
+    if settings.sums_tests and len(roster) > settings.protect.max_clients:
+        raise Refused(
+            f"an evaluation sums the test results of all {len(roster)} clients (evaluation.on=clients), more than "
+            f"protect.max_clients={settings.protect.max_clients} leaves room for: set protect.max_clients={len(roster)}"
         )
     hidden, least = settings.protect.mode != "none", select.least_summed(len(roster), settings)
     if hidden and drawn < masking.LEAST:

@@ -13,6 +13,7 @@ from privacy.plan import Plan
 from privacy.refused import Refused
 from scenarios.weights import fit, load
 from server import select
+from server.evaluation import SummedTests
 from server.rounds import Fleet
 from server.state import Score, ServerState
 
@@ -46,15 +47,19 @@ def scorer(
     names: Sequence[str],
     tests: Mapping[str, Plan] = MappingProxyType({}),
     journal: "MetricsJournal | None" = None,
+    summed: SummedTests | None = None,
 ) -> Callable[[ServerState], Score]:
     """The function that scores a state's weights, by settings.evaluation.on.
 
-    tests: the plans of clients that noise what they say. journal: where that is charged; None: nowhere.
+    tests: the plans of clients that noise what they say. journal: where that is charged; None: nowhere. summed: what
+    reads the sum alone of what they say; None: each is read by itself.
     """
     test, hidden = node.federation.test, select.secret(node.settings)
     if node.settings.evaluation.on == "clients":
         if node.settings.evaluation.epsilon is not None:
             return lambda state: _by_noised_clients(fleet, tests, journal, state, hidden)
+        if summed is not None:
+            return lambda state: _by_sum(fleet, summed, state, hidden)
         return lambda state: _by_clients(fleet, names, state, hidden)
     assert test is not None
 
@@ -87,6 +92,12 @@ def _by_clients(fleet: Fleet, names: Sequence[str], state: ServerState, hidden: 
     loss = sum(reply.loss * reply.examples for reply in good) / total
     worst = min(reply.correct / reply.examples for reply in good)
     return Score(loss, sum(reply.correct for reply in good) / total, worst, missing)
+
+
+def _by_sum(fleet: Fleet, summed: SummedTests, state: ServerState, hidden: bool) -> Score:
+    """What `_by_clients` says, but for the worst client, which nobody knows."""
+    score = summed(fleet, state)
+    return score._replace(missing={}) if hidden else score
 
 
 def _by_noised_clients(

@@ -87,6 +87,11 @@ def least_summed(clients: int, settings: Settings) -> int:
     return settings.protect.minimum or max(masking.LEAST, -(-cohort_size(clients, settings) // 2))
 
 
+def least_evaluated(clients: int, settings: Settings) -> int:
+    """Fewest clients whose test results may be summed there: all are asked, drawn or not."""
+    return settings.protect.minimum or max(masking.LEAST, -(-clients // 2))
+
+
 def honest(clients: int, settings: Settings) -> int:
     """Fewest honest clients in such a sum: their noise is what is charged where noise comes in shares."""
     return least_summed(clients, settings) - settings.privacy.colluding

@@ -58,7 +58,7 @@ def stated(report: Mapping[str, Any], told: Told) -> dict[str, Any]:
             "chance": max(((plan.whole or plan).chance for plan in told.plans.values()), default=None),
         },
         "epsilon": _accountant(report),
-        "composition": composition.group(report, told.plans, told.rows, told.settings.evaluation, beside),
+        "composition": composition.group(report, told.plans, told.rows, told.settings, beside),
         "not_covered": {"items": report["privacy"]["not_covered"] or ["anything: no privacy was asked for"]},
         "post_processing": outcome.post_processing(report, told.folder),
         "audit": outcome.audit(told.folder),
@@ -116,7 +116,10 @@ def _words(unit: str, why: str | None, told: Told, report: Mapping[str, Any]) ->
         ("client", "its own data and the weights of each round", False),
         ("server", sees_update + "; counts, sizes and timing of replies", bare),
         ("aggregator", "the server aggregates: what it sees", bare),
-        ("key holder", *exposure.key_holder(protect, wanted.by_client and not wanted.by_shares)),
+        (
+            "key holder",
+            *exposure.key_holder(protect, wanted.by_client and not wanted.by_shares, told.settings.sums_tests),
+        ),
         ("other clients", *exposure.other_clients(protect, bare)),
         ("report reader", "the model, this report and rounds.jsonl", False),
     ]

@@ -63,7 +63,7 @@ def test_steps_are_on_disk_before_data_is_touched_and_what_was_not_taken_comes_b
         seen.append(spent(own))
         return replace(real(node, task), steps=3)
 
-    monkeypatch.setattr(own_ledger.training, "answer", spying)
+    monkeypatch.setattr(own_ledger.cohort, "alone", spying)
     reply = own.answer(node, made_task(node))
     assert (reply.reason, reply.steps, seen, spent(own)) == ("", 3, [4], 3)
     assert reply.head is not None
@@ -192,7 +192,7 @@ def test_a_device_that_dies_at_any_line_of_a_task_has_written_down_what_left_it(
     node, told = made_node(tmp_path), tmp_path / "told"
     count = Counter[str]()
     monkeypatch.setattr(
-        own_ledger.training, "answer", lambda _, task: Reply(task.round, "a", os.urandom(8), 40, task.steps)
+        own_ledger.cohort, "alone", lambda _, task: Reply(task.round, "a", os.urandom(8), 40, task.steps)
     )
 
     def work(folder: Path, stop: int) -> None:

@@ -60,7 +60,7 @@ def examples(name):
     return Examples(x, (x.sum(1) > 0).long())
 
 def data(settings):
-    return Federation(SIZES, examples, examples("validation"), examples("test"))
+    return Federation(SIZES, examples, examples("validation"), examples("test"), examples)
 
 net = lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2))
 SCENARIO = Scenario("for a test", Settings(), {{"net": net}}, data, name="made")

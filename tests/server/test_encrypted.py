@@ -250,7 +250,7 @@ def opened(site: Site, seen: list[bytes]) -> Encrypted:
 
     def watched(request: bytes) -> bytes:
         said, parts = messages.unpack(answer := ask(request))
-        seen.extend(parts[1:] if "roster" in said else [])
+        seen.extend(parts[1:2] if "roster" in said else [])  # the signature comes after it
         return bytes(answer)
 
     gathered.holder._exchange = watched

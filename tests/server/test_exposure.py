@@ -203,6 +203,17 @@ def test_every_mode_says_what_stays_visible_and_what_nothing_prevents(mode, unit
     assert ("before the noise of privacy.unit" in text) == (mode == "protect=masked" and unit in ("client", "both"))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_test_results_of_clients_are_said_to_be_read_one_by_one_or_as_a_sum(mode):
+    text, hidden = said(f"{mode} evaluation.on=clients"), mode not in MODES[:2]
+    assert ("what it says of its test examples (without noise)" in text) != hidden
+    assert ("how many test examples at least 10 clients have together" in text) == hidden
+    noised = said(f"{mode} evaluation.on=clients evaluation.epsilon=4 privacy.unit=example")
+    assert "what it says of its test examples (noised)" in noised
+    assert "have together" not in noised
+    assert "test examples" not in said(mode)
+
+
 def test_in_the_clear_the_server_is_said_to_read_every_update():
     for mode in MODES[:2]:
         assert "The server reads every client's update of every round by itself, without noise" in said(mode)
