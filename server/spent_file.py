@@ -58,7 +58,7 @@ class SpentFile:
     def read(self, names: Names, tensors: Tensors) -> Spendings:
         """What the checkpoint with these tensors committed. Raises ValueError or OSError where the file is no such."""
         self._put(tensors)
-        self._last = Spendings(names, np.load(self._path))
+        self._last = Spendings(names, np.load(self._path, allow_pickle=False))
         return self._last
 
     def _put(self, tensors: Tensors) -> None:
