@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from opacus import optimizers
 
 from clients import codecs
 from privacy import accounting, audit, cohort_noise, dp_sgd
@@ -99,13 +100,13 @@ def clip_ten_times_too_wide(patch: Patch, unit: str) -> None:
     right = cohort_noise.clipped
     patch.setattr(cohort_noise, "clipped", lambda update, clip: right(update, 10 * clip))
 
-    class Wide(dp_sgd.DPOptimizer):
+    class Wide(optimizers.DPOptimizer):
         def clip_and_accumulate(self) -> None:
             self.max_grad_norm *= 10
             super().clip_and_accumulate()
             self.max_grad_norm /= 10
 
-    patch.setattr(dp_sgd, "DPOptimizer", Wide)
+    patch.setattr(optimizers, "DPOptimizer", Wide)
 
 
 def counted_twice(patch: Patch, unit: str) -> None:
@@ -123,7 +124,7 @@ def noise_divided_twice(patch: Patch, unit: str) -> None:
         noise = random.normal(0.0, self.update_multiplier * norm, total.shape)
         return ((total + noise / self.expected) / self.expected).astype(np.float32), clip
 
-    class Twice(dp_sgd.DPOptimizer):
+    class Twice(optimizers.DPOptimizer):
         def add_noise(self) -> None:
             right = self.noise_multiplier
             self.noise_multiplier = right / self.expected_batch_size
@@ -131,7 +132,7 @@ def noise_divided_twice(patch: Patch, unit: str) -> None:
             self.noise_multiplier = right
 
     patch.setattr(cohort_noise.CohortNoise, "release", release)
-    patch.setattr(dp_sgd, "DPOptimizer", Twice)
+    patch.setattr(optimizers, "DPOptimizer", Twice)
 
 
 def noise_repeated(patch: Patch, unit: str) -> None:
@@ -154,8 +155,8 @@ BUGS: dict[str, Callable[[Patch, str], None]] = {
 
 
 def _optimizer(patch: Patch, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    right = dp_sgd.DPOptimizer
-    patch.setattr(dp_sgd, "DPOptimizer", lambda inner, **made: right(inner, **change(made)))
+    right = optimizers.DPOptimizer
+    patch.setattr(optimizers, "DPOptimizer", lambda inner, **made: right(inner, **change(made)))
 
 
 @pytest.mark.parametrize("unit", UNITS)

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from opacus import optimizers
 
-from privacy import accounting, audit, cohort_noise, dp_sgd, local_noise, matrix_noise
+from privacy import accounting, audit, cohort_noise, local_noise, matrix_noise
 from privacy.plan import Mechanism, Plan
 from scenarios import load
 from scenarios.settings import Settings, override
@@ -181,9 +182,9 @@ def test_under_both_a_bug_of_the_server_s_half_fails_it(
 
 @pytest.mark.parametrize("factor", [0.5, 0.0])
 def test_under_both_a_bug_of_the_examples_half_fails_it(factor: float, tmp_path: Path, monkeypatch: Patch) -> None:
-    right = dp_sgd.DPOptimizer
+    right = optimizers.DPOptimizer
     monkeypatch.setattr(
-        dp_sgd,
+        optimizers,
         "DPOptimizer",
         lambda inner, **made: right(inner, **{**made, "noise_multiplier": made["noise_multiplier"] * factor}),
     )
