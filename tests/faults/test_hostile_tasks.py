@@ -99,6 +99,23 @@ def test_changed_messages_of_a_masked_sum_are_refused_or_make_no_difference(
     assert sum(answered) < len(answered) / 2
 
 
+@pytest.mark.parametrize("asked", ["protect=masked", "protect=encrypted protect.trust=split"])
+def test_an_update_of_fewer_steps_than_the_server_asked_stays_out_of_the_sum(house: Any, tools: Any, asked: str) -> None:
+    here = house(asked, clients=6)
+    victim = here.names[0]
+
+    def down(name: str, kind: str, data: bytes) -> bytes:
+        record = tools.parsed(data)
+        if name != victim or kind != "train":
+            return data
+        record["umbel"]["steps"] = 1
+        return bytes(tools.serialized(record))
+
+    weights, row = here.round(down)
+    assert [entry["reason"] for entry in row["rejected"]] == ["took 1 steps where 2 were asked"]
+    assert weights == here.without([victim])
+
+
 # ---- crafted ----
 
 

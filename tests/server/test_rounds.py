@@ -114,6 +114,7 @@ GARBAGE: dict[str, Callable[[Task, Reply], Reply]] = {
     "other round": lambda _, reply: replace(reply, round=reply.round + 1),
     "other client": lambda _, reply: replace(reply, client="d"),
     "more steps": lambda task, reply: replace(reply, steps=task.steps + 1),
+    "fewer steps without a deadline": lambda task, reply: replace(reply, steps=task.steps - 1),
     "no steps": lambda _, reply: replace(reply, steps=0),
     "other size": lambda _, reply: replace(reply, examples=10**9),
     "failure": lambda task, _: Reply(task.round, task.client, reason="failed with RuntimeError"),
