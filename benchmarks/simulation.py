@@ -74,7 +74,7 @@ def options() -> argparse.Namespace:
     if min(chosen.repeats, chosen.rounds, chosen.scale) < 1 or chosen.warmup < 0:
         parser.error("--repeats, --rounds and --scale take at least 1, --warmup at least 0")
     if chosen.device == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no CUDA device on this machine: leave --device out")
+        raise Refused("simulation.py: torch finds no CUDA device on this machine: leave --device out")
     return chosen
 
 

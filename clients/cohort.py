@@ -21,11 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from clients import fused, gram, private_stack, sgd, stack, training, upload, workers
+from clients import fused, gram, leaving, placement, private_stack, sgd, stack, training, upload
 from clients.codecs import CodecError
 from clients.task import Reply, Summand, Task
 from clients.training import Admitted, Node
-from privacy import dp_sgd
+from privacy import dp_sgd, on_device
 from privacy.refused import Refused
 from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
@@ -56,7 +56,7 @@ def cut(tasks: Sequence[Task], size: int) -> list[Sequence[Task]]:
 
 def answer(node: Node, tasks: Sequence[Task], weigh: Weigh | None = None) -> list[Reply]:
     """One reply a task, in order. weigh: sum the updates, so weighted; None: each reply carries its own payload."""
-    with training.one_thread():
+    with training.one_thread(), placement.exactly(placement.of(node.settings)):
         begun = [training.guarded(task, partial(training.admitted, node, task)) for task in tasks]
         replies = {one.client: one for one in begun if isinstance(one, Reply)}
         ready = [one for one in begun if isinstance(one, Admitted)]
@@ -82,18 +82,18 @@ def check(local: Local) -> None:
                 raise Refused(
                     f"local.{name}={value} is for local.engine=cohort: set it too, or leave local.{name}={usual}"
                 )
-    if local.precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if local.precision == "bf16" and local.device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         raise Refused("local.precision=bf16 needs a processor with bf16 (AVX-512): this one has float32 alone")
 
 
 def told(settings: Settings, tasks: int) -> dict[str, Any]:
     """How a round of so many tasks is trained, for its row and the report; processes: on the run's own machine."""
     local, whole = settings.local, [Task("train", 0, "", np.zeros(0, np.float32), ())] * tasks
+    told = {"name": local.engine, "precision": local.precision, "device": placement.name(settings), "threads": 1}
     if local.engine == "single":
-        return {"name": "single", "block": 1, "precision": "float32", "threads": 1, "processes": 1}
+        return told | {"block": 1, "processes": 1}
     largest = max(map(len, cut(whole, local.block)), default=0)
-    count = workers.available(settings.run.processes)
-    return {"name": "cohort", "block": largest, "precision": local.precision, "threads": 1, "processes": count}
+    return told | {"block": largest, "processes": placement.processes(settings)}
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,17 @@ class _Group:
 
     members: Sequence[Admitted]
     updates: Sequence[Callable[[], tuple[Tensor, int]]]
-    """What gives (the update (P,), the steps taken) of each; called in order, the next may overwrite it."""
+    """What gives (the update (P,), the steps taken) of each, called in order."""
     total: Callable[[Sequence[float]], Tensor] | None = None
     """(P,) the sum of weights times updates, where that is cheaper than they are; every step was taken."""
+    away: bool = False
+    """Whether the updates lie on a device: then they, or their sum, leave it together."""
 
 
 def _singly(node: Node, group: _Group) -> Iterator[Reply]:
     """Every client's own payload."""
-    for mine, made in zip(group.members, group.updates, strict=True):
+    updates = leaving.updates(group.updates) if group.away else group.updates
+    for mine, made in zip(group.members, updates, strict=True):
         yield training.guarded(mine.task, partial(_one, node, mine, made))
 
 
@@ -130,14 +133,37 @@ class _Sum:
         clipped = any(mine.task.update_clip for mine in group.members)
         if group.total is not None and not clipped:
             weights = [self._weigh(len(mine.examples.y)) for mine in group.members]
-            total = group.total(weights).numpy().astype(np.float64)
+            total = placement.fetched(group.total(weights)).astype(np.float64)
             if np.isfinite(total).all():
                 self._add(total, sum(weights))
                 return [self._reply(mine, mine.task.steps, True) for mine in group.members]
+        updates = group.updates
+        if group.away:
+            if not any(mine.task.update_noise for mine in group.members):
+                return self._take_there(group)
+            updates = leaving.updates(updates)
         return [
             training.guarded(mine.task, partial(self._take, mine, made))
-            for mine, made in zip(group.members, group.updates, strict=True)
+            for mine, made in zip(group.members, updates, strict=True)
         ]
+
+    def _take_there(self, group: _Group) -> list[Reply]:
+        """As `take`, of updates that are clipped and summed where they lie."""
+        weights = [self._weigh(len(mine.examples.y)) for mine in group.members]
+        total, parts = leaving.total(group.updates, weights, group.members[0].task.update_clip)
+        if total is not None:
+            self._add(total, sum(w for w, part in zip(weights, parts, strict=True) if _counts(part)))
+        return [
+            training.guarded(mine.task, partial(self._told, mine, part))
+            for mine, part in zip(group.members, parts, strict=True)
+        ]
+
+    def _told(self, mine: Admitted, part: leaving.Part | Exception) -> Reply:
+        if isinstance(part, Exception):
+            raise part
+        if part.unsound:
+            raise _not_finite(part.unsound)
+        return self._reply(mine, part.steps, part.within)
 
     def _take(self, mine: Admitted, made: Callable[[], tuple[Tensor, int]]) -> Reply:
         whole, steps = made()
@@ -145,7 +171,7 @@ class _Sum:
             return training.finished(self._node, mine, _vector(whole), steps)
         update, within = training.protected(_vector(whole), mine.task, self._node.settings)
         if not np.isfinite(update).all():
-            raise CodecError(f"an update must be finite: {np.count_nonzero(~np.isfinite(update))} entries are not")
+            raise _not_finite(int(np.count_nonzero(~np.isfinite(update))))
         weight = self._weigh(len(mine.examples.y))
         self._add(update.astype(np.float64) * weight, weight)
         return self._reply(mine, steps, within)
@@ -169,6 +195,14 @@ class _Sum:
         return replies
 
 
+def _counts(part: leaving.Part | Exception) -> bool:
+    return isinstance(part, leaving.Part) and not part.unsound
+
+
+def _not_finite(entries: int) -> CodecError:
+    return CodecError(f"an update must be finite: {entries} entries are not")
+
+
 def _vector(update: Tensor) -> Vector:
     return update.numpy().astype(np.float32)
 
@@ -177,30 +211,35 @@ def _groups(node: Node, ready: Sequence[Admitted]) -> Iterator[_Group]:
     """The clients of a block, those together that can be trained together."""
     if not ready:
         return
-    model = training.fitted(node, ready[0].task)
+    there, task = placement.of(node.settings), ready[0].task
+    model = training.fitted(node, task).to(there)
+    (start,) = placement.sent(there, torch.from_numpy(task.weights))  # all tasks of a block have the same
     chain = stack.read(model) if node.apart and not node.settings.local.scaffold else None
-    short, long = list[Admitted](), list[Admitted]()
+    private, short, long = list[Admitted](), list[Admitted](), list[Admitted]()
     for mine in ready:
         if mine.task.deadline or (mine.task.mechanism and chain is None):
             yield _Group([mine], [partial(_by_itself, node, mine)])
         elif mine.task.mechanism:
-            assert chain is not None
-            yield _Group([mine], [partial(_by_rows, node, chain, mine)])
+            private.append(mine)
         else:
             (short if chain and gram.pays(chain, _rows(node, mine)) else long).append(mine)
+    away = not start.is_cpu
+    if private:
+        assert chain is not None
+        yield _Group(private, [partial(_by_rows, node, chain, start, mine) for mine in private], away=away)
     for part in _alike(node, short):
         assert chain is not None
         try:
-            made = gram.train(
-                chain, _start(part[0]), _batches(node, part), node.scenario.loss, _pulls(node, part[0].task)
-            )
+            made = gram.train(chain, start, _batches(node, part, there), node.scenario.loss, _pulls(node, part[0].task))
+        except torch.AcceleratorError:
+            raise
         except Exception:  # of one of them, who is told when trained by itself
             long += part
             continue
-        yield _Group(part, [partial(_of, made, k, mine.task.steps) for k, mine in enumerate(part)], made.total)
+        yield _Group(part, [partial(_of, made, k, mine.task.steps) for k, mine in enumerate(part)], made.total, away)
     if long:
         trainer = fused.Trainer(model, _pulls(node, long[0].task), node.settings.local.precision == "bf16")
-        yield _Group(long, [partial(_by_fused, node, trainer, mine) for mine in long])
+        yield _Group(long, [partial(_by_fused, node, trainer, start, mine) for mine in long], away=away)
 
 
 def _by_itself(node: Node, mine: Admitted) -> tuple[Tensor, int]:
@@ -209,28 +248,29 @@ def _by_itself(node: Node, mine: Admitted) -> tuple[Tensor, int]:
     return torch.from_numpy(update), steps
 
 
-def _by_rows(node: Node, chain: stack.Stack, mine: Admitted) -> tuple[Tensor, int]:
+def _by_rows(node: Node, chain: stack.Stack, start: Tensor, mine: Admitted) -> tuple[Tensor, int]:
     """Under example-level DP."""
     task, seed, loss = mine.task, node.settings.privacy.noise_seed, node.scenario.loss
     assert task.mechanism is not None
-    random = dp_sgd.noise_generator(None if seed is None else derive(seed, "noise", task.round, task.client))
-    pulls, plan = _pulls(node, task), (task.mechanism, task.clip)
-    return private_stack.train(chain, _start(mine), *mine.examples, loss, pulls, task.steps, *plan, random), task.steps
+    seed = None if seed is None else derive(seed, "noise", task.round, task.client)
+    random, here = on_device.generators(seed, start.device)
+    x, y = placement.sent(start.device, *mine.examples)
+    samples = placement.indices(dp_sgd.poisson(task.mechanism, len(y), task.steps, here), start.device)
+    told = loss, _pulls(node, task), task.steps, task.mechanism, task.clip, random, samples
+    return private_stack.train(chain, start, x, y, *told), task.steps
 
 
-def _by_fused(node: Node, trainer: fused.Trainer, mine: Admitted) -> tuple[Tensor, int]:
-    batches = sgd.shuffled(len(mine.examples.y), mine.task, node.settings)
-    correction = None if mine.correction is None else torch.from_numpy(mine.correction)
+def _by_fused(node: Node, trainer: fused.Trainer, start: Tensor, mine: Admitted) -> tuple[Tensor, int]:
+    there = start.device
+    batches = placement.indices(sgd.shuffled(len(mine.examples.y), mine.task, node.settings), there)
+    (correction,) = (None,) if mine.correction is None else placement.sent(there, torch.from_numpy(mine.correction))
+    x, y = placement.sent(there, *mine.examples)
     with training.drawing(node.settings, mine.task):
-        return trainer.train(_start(mine), *mine.examples, batches, node.scenario.loss, correction)
+        return trainer.train(start, x, y, batches, node.scenario.loss, correction)
 
 
 def _of(made: gram.Trained, k: int, steps: int) -> tuple[Tensor, int]:
     return made.update(k), steps
-
-
-def _start(mine: Admitted) -> Tensor:
-    return torch.from_numpy(mine.task.weights)
 
 
 def _pulls(node: Node, task: Task) -> fused.Pulls:
@@ -252,7 +292,7 @@ def _alike(node: Node, members: Sequence[Admitted]) -> Iterator[Sequence[Admitte
         left = [mine for mine in left if _rows(node, mine) > _WASTE * least]
 
 
-def _batches(node: Node, members: Sequence[Admitted]) -> gram.Batches:
+def _batches(node: Node, members: Sequence[Admitted], there: torch.device) -> gram.Batches:
     cuts = [list(sgd.shuffled(len(mine.examples.y), mine.task, node.settings)) for mine in members]
     sizes = [[batch.shape[0] for batch in batches] for batches in cuts]
     T, B = max(map(len, sizes)), max(map(max, sizes))
@@ -272,4 +312,5 @@ def _batches(node: Node, members: Sequence[Admitted]) -> gram.Batches:
         rows = live_KTB[k].flatten().nonzero()[:, 0]
         x_KRX[k].index_copy_(0, rows, mine.examples.x[drawn])
         y_KR[k].index_copy_(0, rows, mine.examples.y[drawn])
+    x_KRX, y_KR, live_KTB = placement.sent(there, x_KRX, y_KR, live_KTB)
     return gram.Batches(x_KRX, y_KR, None if full else live_KTB, tuple(map(len, sizes)), B)

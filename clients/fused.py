@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clients import stack
+from clients import placement, stack
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -68,6 +68,7 @@ class Trainer:
 
         correction: (P,) added to every gradient.
         """
+        placement.agree(start, x, y, self._entries[0].device)
         self._starts = self._views(start)
         self._corrections = {} if correction is None else dict(enumerate(self._views(correction)))
         if self._images and x.dim() == 4:
@@ -96,7 +97,7 @@ class Trainer:
         return [part.view(entry.shape) for part, entry in zip(parts, self._entries, strict=True)]
 
     def _precision(self) -> AbstractContextManager[Any]:
-        return torch.autocast("cpu", torch.bfloat16) if self._bf16 else nullcontext()
+        return torch.autocast(self._entries[0].device.type, torch.bfloat16) if self._bf16 else nullcontext()
 
     def _step(self, parameter: Tensor) -> None:
         assert parameter.grad is not None

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clients import stack
+from clients import placement, stack
 from clients.fused import Pulls
 from clients.stack import Stack
 
@@ -69,7 +69,8 @@ class Trained:
 
     def total(self, weights: Sequence[float]) -> Tensor:
         """(P,) the sum over the clients of `weights` times their updates."""
-        made, scale = torch.zeros_like(self.start), self.start.new_tensor(weights)
+        made = torch.zeros_like(self.start)
+        (scale,) = placement.sent(made.device, torch.tensor(weights, dtype=made.dtype))
         made.add_(self.start, alpha=sum(w * (a - 1) for w, a in zip(weights, self.kept, strict=True)))
         for layer, a, d in zip(self.chain.layers, self.inputs, self.returned, strict=True):
             weight, bias = layer.of(made)
@@ -99,6 +100,7 @@ def train(
 
     loss: a plain mean over examples, as `dp_sgd.apart` says of it; one that weighs them against each other is not.
     """
+    placement.agree(start, batches.x_KRX, batches.y_KR)
     weights, K, B = [layer.of(start) for layer in chain.layers], len(batches.steps), batches.batch
     x = chain.functions[0](batches.x_KRX.flatten(0, 1)).view(K, batches.y_KR.shape[1], -1)
     R = x.shape[1]
@@ -106,7 +108,7 @@ def train(
     returned = [start.new_empty(K, R, layer.outputs) for layer in chain.layers]
     first = _forward(weights[0], x)  # of all steps at once: nothing of x depends on a step
     products = torch.bmm(x, x.transpose(1, 2))
-    kept = start.new_ones(K, 1, 1)
+    paces = _paces(batches, R // B, pulls, start)
     for t in range(R // B):
         now, before = slice(t * B, (t + 1) * B), slice(0, t * B)
 
@@ -117,8 +119,8 @@ def train(
                 outputs, met = first[:, now], products[:, now, before]
             else:
                 outputs, met = _forward(weights[i], inputs[i][:, now]), None
-            if pulls.keep != 1:
-                outputs = outputs * kept
+            if paces.kept is not None:
+                outputs = outputs * paces.kept[t]
             if t:
                 met = torch.bmm(inputs[i][:, now], inputs[i][:, before].transpose(1, 2)) if met is None else met
                 if weights[i][1] is not None:
@@ -136,14 +138,14 @@ def train(
             returned[i][:, now] = back
             if i:
                 further = torch.matmul(back, weights[i][0])
-                if pulls.keep != 1:
-                    further = further * kept
+                if paces.kept is not None:
+                    further = further * paces.kept[t]
                 if t:
                     met = torch.bmm(back, returned[i][:, before].transpose(1, 2))
                     further = torch.baddbmm(further, met, inputs[i][:, before], alpha=-1)
                 back = further
-        _move(returned, kept, batches, t, pulls)
-    return Trained(chain, start, inputs, returned, kept.flatten().tolist())
+        _move(returned, paces, B, t, pulls.rate)
+    return Trained(chain, start, inputs, returned, paces.last)
 
 
 def _forward(weights: tuple[Tensor, Tensor | None], x: Tensor) -> Tensor:
@@ -159,14 +161,35 @@ def _averaged(back: Tensor, batches: Batches, t: int) -> Tensor:
     return torch.where(live[:, :, None], back / count[:, None, None], 0.0)
 
 
-def _move(returned: Sequence[Tensor], kept: Tensor, batches: Batches, t: int, pulls: Pulls) -> None:
+@dataclass(frozen=True)
+class _Paces:
+    """How each client's weights shrink, which its steps alone decide; known before the first."""
+
+    last: Sequence[float]
+    """a of each client after its last step."""
+    kept: Tensor | None = None
+    """(T, K, 1, 1) a before each step; None: 1 throughout."""
+    keep: Tensor | None = None
+    """(T, K, 1, 1) what each step leaves of the weights; of who has taken all steps 1."""
+
+
+def _paces(batches: Batches, T: int, pulls: Pulls, start: Tensor) -> _Paces:
+    """Worked out here and sent at once, to where `start` is."""
+    if pulls.keep == 1:
+        return _Paces([1.0] * len(batches.steps))
+    a = torch.ones(len(batches.steps), dtype=start.dtype)
+    moves = torch.tensor([[t < steps for steps in batches.steps] for t in range(T)], dtype=start.dtype)
+    keep, kept = 1 + moves * (pulls.keep - 1), list[Tensor]()
+    for t in range(T):
+        kept.append(a.clone())
+        a.mul_(keep[t]).add_(moves[t], alpha=pulls.back)
+    there = placement.sent(start.device, torch.stack(kept)[:, :, None, None], keep[:, :, None, None])
+    return _Paces(a.tolist(), *there)
+
+
+def _move(returned: Sequence[Tensor], paces: _Paces, B: int, t: int, rate: float) -> None:
     """One step of SGD, on what stands for the weights; who has taken all steps stands still."""
-    B = batches.batch
-    if pulls.keep != 1:
-        moves = kept.new_tensor([t < steps for steps in batches.steps])[:, None, None]
-        keep = 1 + moves * (pulls.keep - 1)
-        kept.mul_(keep).add_(moves, alpha=pulls.back)
-        for d in returned:
-            d[:, : t * B].mul_(keep)
     for d in returned:
-        d[:, t * B : (t + 1) * B].mul_(pulls.rate)
+        if paces.keep is not None:
+            d[:, : t * B].mul_(paces.keep[t])
+        d[:, t * B : (t + 1) * B].mul_(rate)

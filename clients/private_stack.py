@@ -11,12 +11,13 @@ weights, as there. An example whose gradient is not finite counts as zero.
 Legend: P is the number of weights, N of examples, B of a sample.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clients import stack
+from clients import placement, stack
 from clients.fused import Pulls
 from clients.stack import Stack
 from privacy import dp_sgd
@@ -41,16 +42,19 @@ def train(
     mechanism: Mechanism,
     clip: float,
     generator: torch.Generator,
+    samples: Iterable[Any] | None = None,
 ) -> Tensor:
     """The update (P,) of one client by `steps` private steps from the weights `start` (P,).
 
-    x: (N, ...), y: (N,). loss: a plain mean over examples.
+    x: (N, ...), y: (N,). loss: a plain mean over examples. samples: the indices of each step's; None: `generator`
+    draws each before its noise.
     """
+    placement.agree(start, x, y)
     weights, noise = start.clone(), torch.empty_like(start)
     layers, drawn = [layer.of(weights) for layer in chain.layers], [layer.of(noise) for layer in chain.layers]
     parts = [part for pair in drawn for part in pair if part is not None]
     x, scale = chain.functions[0](x), pulls.rate / (mechanism.sampling_rate * len(y))
-    for sample in dp_sgd.poisson(mechanism, len(y), steps, generator):
+    for sample in dp_sgd.poisson(mechanism, len(y), steps, generator) if samples is None else samples:
         rows = clipped(chain, layers, x[sample], y[sample], loss, clip)
         if pulls.keep != 1:
             weights.mul_(pulls.keep).add_(start, alpha=pulls.back)
@@ -86,11 +90,11 @@ def clipped(
         backs.append(stack.back_through(through, back))
         back = backs[-1] @ weight
     backs.reverse()
-    squares = torch.zeros(len(y), dtype=x.dtype)
+    squares = x.new_zeros(len(y))
     for d, a, (_, bias) in zip(backs, inputs, layers, strict=False):
         squares += d.square().sum(1) * (a.square().sum(1) + (bias is not None))
     factors, sound = (clip / (squares.sqrt() + _TINY)).clamp(max=1.0)[:, None], squares.isfinite()[:, None]
-    if sound.all():
+    if sound.is_cpu and sound.all():  # elsewhere to look would be to wait
         return [(d * factors, a) for d, a in zip(backs, inputs, strict=False)]
     return [
         (torch.where(sound, d * factors, 0.0), torch.where(sound, a, 0.0)) for d, a in zip(backs, inputs, strict=False)

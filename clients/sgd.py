@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clients import placement
 from clients.task import Task
-from privacy import dp_sgd
+from privacy import dp_sgd, on_device
 from scenarios import Examples
 from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
@@ -32,17 +33,19 @@ def train(
     on weights and on updates sent before alone, so they cost no privacy and stay exact.
     """
     stop = time.monotonic() + task.deadline if task.deadline else float("inf")
-    seeds = settings.run.seed, settings.privacy.noise_seed
+    there, seed = examples.x.device, settings.privacy.noise_seed
     start = [parameter.detach().clone() for parameter in model.parameters()] if local.proximal else []
     named = {} if correction is None else unflatten(correction, task.layout)
-    corrections = [named[name] for name, _ in model.named_parameters()] if named else []
+    corrections = placement.sent(there, *(named[name] for name, _ in model.named_parameters() if named))
     private = None
     if task.mechanism is not None:
-        noise = None if seeds[1] is None else derive(seeds[1], "noise", task.round, task.client)
-        private = dp_sgd.PrivateGradient(model, loss, task.mechanism, task.clip, dp_sgd.noise_generator(noise))
-        batches: Iterator[Any] = private.batches(len(examples.y), task.steps)
+        seed = None if seed is None else derive(seed, "noise", task.round, task.client)
+        noise, samples = on_device.generators(seed, there)
+        private = dp_sgd.PrivateGradient(model, loss, task.mechanism, task.clip, noise)
+        batches: Iterator[Any] = private.batches(len(examples.y), task.steps, samples)
     else:
         batches = shuffled(len(examples.y), task, settings)
+    batches = placement.indices(batches, there)
     model.train()
     steps = 0
     for batch in batches:
@@ -66,6 +69,8 @@ def train(
                     parameter.grad.add_(corrections[i])
                 parameter.sub_(parameter.grad, alpha=task.rate)
         steps += 1
+        if task.deadline:
+            placement.wait(there)
     if private is not None:
         private.close()
     return steps

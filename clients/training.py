@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clients import codecs, coordinates, device, encrypting, masking, scaffold, sgd, state, upload
+from clients import codecs, coordinates, device, encrypting, masking, placement, scaffold, sgd, state, upload
 from clients.task import Device, Hello, Reply, Task
 from privacy import accounting, cohort_noise, dp_sgd, durable, exact_counts, local_noise, noise_shares, noisy_counts
 from privacy.integers import Grid, Integers
@@ -107,6 +107,8 @@ def guarded(task: Task, work: Callable[[], Made]) -> Made | Reply:
         return work()
     except (Refused, codecs.CodecError) as error:
         return Reply(task.round, task.client, reason=str(error)[:200])
+    except torch.AcceleratorError:  # a GPU that failed is lost to everybody, whoever was being trained
+        raise
     except Exception as error:  # a message of torch may quote values of the client's data: its kind alone may leave
         return Reply(task.round, task.client, reason=f"failed with {type(error).__name__}")
 
@@ -135,17 +137,17 @@ def _train(node: Node, task: Task) -> Reply:
 
 def trained(node: Node, mine: Admitted) -> tuple[Vector, int]:
     """(the update (P,) of a task by SGD on the client's own copy of the model, the steps taken)."""
-    settings, task, model = node.settings, mine.task, _model(node, mine.task)
-    with drawing(settings, task):
-        steps = sgd.train(model, mine.examples, node.scenario.loss, task, settings.local, settings, mine.correction)
+    settings, task, there = node.settings, mine.task, placement.of(node.settings)
+    model, examples = _model(node, task).to(there), Examples(*placement.sent(there, *mine.examples))
+    with drawing(settings, task), placement.exactly(there):
+        steps = sgd.train(model, examples, node.scenario.loss, task, settings.local, settings, mine.correction)
     return flatten(model) - task.weights, steps
 
 
 @contextmanager
 def drawing(settings: Settings, task: Task) -> Iterator[None]:
     """What layers draw from torch's own generator (dropout) follows from the task; the generator stays untouched."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive(settings.run.seed, "layers", task.round, task.client))  # CPU's alone
+    with placement.drawing(placement.of(settings), derive(settings.run.seed, "layers", task.round, task.client)):
         yield
 
 
@@ -230,15 +232,18 @@ def protected(update: Vector, task: Task, settings: Settings) -> tuple[Vector, b
 
 
 def evaluate(model: nn.Module, examples: Examples, loss: Callable[[Tensor, Tensor], Tensor]) -> tuple[float, int]:
-    """(mean loss, number classified right) of `model` on `examples`, in eval mode, 1024 at a time."""
+    """(mean loss, number classified right) of `model` on `examples`, in eval mode, 1024 at a time, where `model` is."""
     model.eval()
-    total, correct = 0.0, 0
-    with torch.no_grad():
-        for x, y in zip(torch.split(examples.x, 1024), torch.split(examples.y, 1024), strict=True):
+    there = next(iter(model.state_dict().values()), examples.x).device
+    found = torch.zeros(2, dtype=torch.float64, device=there)
+    with torch.no_grad(), placement.exactly(there):
+        for some in zip(torch.split(examples.x, 1024), torch.split(examples.y, 1024), strict=True):
+            x, y = placement.sent(there, *some)
             outputs = model(x)
-            total += float(loss(outputs, y)) * len(y)
-            correct += int((predict(outputs) == y).sum())
-    return total / max(1, len(examples.y)), correct
+            found[0] += loss(outputs, y).double() * len(y)
+            found[1] += (predict(outputs) == y).sum()
+    total, correct = placement.fetched(found).tolist()
+    return total / max(1, len(examples.y)), int(correct)
 
 
 def _evaluate(node: Node, task: Task) -> Reply:
@@ -251,7 +256,7 @@ def _evaluate(node: Node, task: Task) -> Reply:
     examples = node.federation.client_test(task.client)
     if task.mechanism is not None:
         _few_enough(node, task.client, len(examples.y))
-    loss, correct = evaluate(_model(node, task), examples, node.scenario.loss)
+    loss, correct = evaluate(_model(node, task).to(placement.of(node.settings)), examples, node.scenario.loss)
     if node.settings.hides_tests:
         grid = upload.grid_of(task, node.settings)
         assert grid is not None

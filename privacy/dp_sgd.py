@@ -150,10 +150,10 @@ class PrivateGradient:
             generator=generator,
         )
 
-    def batches(self, examples: int, steps: int) -> Iterator[list[int]]:
-        """`steps` Poisson samples of the indices below `examples`; a sample may be empty."""
+    def batches(self, examples: int, steps: int, generator: torch.Generator | None = None) -> Iterator[list[int]]:
+        """`steps` Poisson samples of the indices below `examples`, empty ones too; by `generator`, else the noise's."""
         self._optimizer.expected_batch_size = self._mechanism.sampling_rate * examples
-        return poisson(self._mechanism, examples, steps, self._generator)
+        return poisson(self._mechanism, examples, steps, generator or self._generator)
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """x: (B, ...), y: (B,) of one Poisson sample, B >= 0. Large samples go through in parts and get noise once.

@@ -54,6 +54,9 @@ class Local(Section):
         description="single: clients one by one, the same bits on every runtime; cohort: blocks of them at once",
     )
     block: int = Field(0, ge=0, description="cohort: clients of a block; 0: at most 25, in blocks of even number")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="embedded: where clients are trained and weights evaluated; cuda is an NVIDIA GPU"
+    )
     precision: Literal["float32", "bf16"] = Field(
         "float32", description="cohort: of matrix products and convolutions; bf16 needs a processor that has it"
     )

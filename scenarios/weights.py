@@ -29,7 +29,7 @@ def flatten(model: "nn.Module") -> Vector:
     import torch
 
     entries = [v.detach().reshape(-1) for v in model.state_dict().values() if v.is_floating_point()]
-    return torch.cat(entries).to(torch.float32).numpy(force=True).copy()
+    return torch.cat(entries).to(torch.float32).cpu().numpy().copy()
 
 
 def unflatten(vector: Vector, shapes: Layout) -> "dict[str, torch.Tensor]":

@@ -4,11 +4,11 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 
-from clients import cohort
+from clients import cohort, placement
 from clients.roster import meet
 from clients.task import Hello, Reply, Task
 from clients.training import Node, answer, hello
-from clients.workers import Workers, available
+from clients.workers import Workers
 from server import replies
 
 
@@ -28,17 +28,17 @@ class EmbeddedFleet:
         """With local.engine=cohort tasks to train go in blocks, each to a process or, of one process, here."""
         local = self._node.settings.local
         if local.engine == "single" or not tasks or tasks[0].kind != "train":
-            return map(partial(answer, self._node), tasks)
+            return placement.watched(map(partial(answer, self._node), tasks))
         blocks = cohort.cut(tasks, local.block)
         answers = self._workers.map(blocks) if self._processes > 1 else map(self._train, blocks)
-        return (reply for block in answers for reply in block)
+        return placement.watched(reply for block in answers for reply in block)
 
     def _train(self, tasks: Sequence[Task]) -> list[Reply]:
         return cohort.answer(self._node, tasks, replies.weigh(self._node.settings))
 
     @cached_property
     def _processes(self) -> int:
-        return available(self._node.settings.run.processes)
+        return placement.processes(self._node.settings)
 
     @cached_property
     def _workers(self) -> Workers:

@@ -40,7 +40,7 @@ def go(
         raise Refused(f"there is no runtime {runtime!r}: choose embedded, simulation or deployment")
     if (runtime == "deployment") != bool(superlink):
         raise Refused("--superlink HOST:PORT goes with --runtime deployment, and is needed there")
-    job.check(scenario, settings)
+    job.check(scenario, settings, runtime)
     with signals() as stop:
         try:
             if runtime == "embedded":

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from clients import masking, upload
+from clients import masking, placement, upload
 from clients.device import profile
 from clients.task import Hello
 from clients.training import Node, digest
@@ -121,9 +121,10 @@ def prepare(
     if start is not None:
         start_of_run.same_settings(start, settings)
     try:
-        check(scenario, settings)
+        check(scenario, settings, runtime)
         accounts.lend_key(folder, settings)
         node = Node(scenario, settings, scenario.data(settings), folder.states)
+        placement.try_out(scenario, settings, node.federation.validation)
         fleet = fleet_of(node)
         progress.status("waiting for the clients' first word")
         before = accounts.heads_before(scenario, settings, runtime, start)
@@ -156,8 +157,9 @@ def prepare(
     return Job(node, folder, fleet, roster, plans, tests, charged, committed, progress, score, stop, runtime, gathered)
 
 
-def check(scenario: Scenario, settings: Settings) -> None:
+def check(scenario: Scenario, settings: Settings, runtime: str = "embedded") -> None:
     """Refuse names and pairs of settings that cannot work, before anyone is asked."""
+    placement.check(settings, runtime)
     upload.check(settings)
     combine.resolve(settings.server)
     step.resolve(settings.server)

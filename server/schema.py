@@ -119,6 +119,7 @@ class Engine(Closed):
     name: str
     block: Count
     precision: str
+    device: str
     threads: Count
     processes: Count
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol
 
+from clients import placement
 from clients.task import Reply, Task
 from clients.training import Node, evaluate
 from privacy import noisy_counts
@@ -67,7 +68,7 @@ def scorer(
         model = copy.deepcopy(node.template)
         fit(model, state.layout)
         load(model, state.weights)
-        loss, correct = evaluate(model, test, node.scenario.loss)
+        loss, correct = evaluate(model.to(placement.of(node.settings)), test, node.scenario.loss)
         return Score(loss if math.isfinite(loss) else None, correct / len(test.y))
 
     return by_server

@@ -54,7 +54,7 @@ class Comparison:
         if self._chosen.device not in contender.devices:
             return f"does not run on {self._chosen.device}"
         try:
-            override(Settings(), contender.settings.format(processes=1, threads=1))
+            override(Settings(), contender.settings.format(processes=1, threads=1, device=self._chosen.device))
         except Refused as reason:
             return str(reason)
         return ""
@@ -108,7 +108,7 @@ class Comparison:
         """The layout in which a short trial was fastest, with what came of it; or the one in which it failed."""
         layouts = [one for one in contender.layouts if one in self._chosen.layouts] or list(contender.layouts[:1])
         if self._chosen.device != "cpu":
-            layouts = layouts[:1]
+            layouts = list(contender.layouts[:1])  # 1x1: one process has the device
         if len(layouts) == 1:
             return layouts[0], Outcome()
         found: dict[Layout, Outcome] = {}

@@ -172,6 +172,8 @@ def main() -> None:
     told = parser.parse_args()
     torch.set_num_threads(1)
     cores = len(os.sched_getaffinity(0)) if told.device == "cpu" else 1
+    if told.device == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
     print(json.dumps(limit(Workload.read(told.workload), told.device, cores)))
 
 

@@ -23,7 +23,7 @@ class Contender:
     """Letters of those that it can do."""
     layouts: tuple[Layout, ...] = LAYOUTS
     settings: str = ""
-    """Umbel's, over those of the workload; {processes} and {threads} stand for the layout's."""
+    """Umbel's, over those of the workload; {processes} and {threads} stand for the layout's, {device} for its own."""
     peer: bool = False
     devices: tuple[str, ...] = ("cpu",)
     compared: bool = True
@@ -35,13 +35,14 @@ class Contender:
 
 
 LINEUP = (
-    Contender("umbel", "umbel_run.py", "ABCDEN", ((1, 1),)),
+    Contender("umbel", "umbel_run.py", "ABCDEN", ((1, 1),), "local.device={device}", devices=("cpu", "cuda")),
     Contender(
         "umbel-cohort",
         "umbel_run.py",
         "ABCDEN",
         ((1, 1), (2, 1)),
-        "local.engine=cohort run.processes={processes}",
+        "local.engine=cohort run.processes={processes} local.device={device}",
+        devices=("cpu", "cuda"),
     ),
     Contender("torch-loop", "torch_loop.py", "ABDEN", devices=("cpu", "cuda")),
     Contender("opacus-hooks", "opacus_loop.py", "C", devices=("cpu", "cuda")),

@@ -39,7 +39,7 @@ def private(ghost: bool, workload: Workload, device: str) -> Learn:
             flat.copy_(weights)
         x, y = (part.to(device) for part in workload.local(int(workload.cohorts[number, place])))
         for _ in range(workload.steps):
-            sample = _sample(workload.examples, batch / workload.examples)
+            sample = _sample(workload.examples, batch / workload.examples).to(device)
             optimizer.zero_grad()
             loss(wrapped(x[sample]), y[sample]).backward()
             optimizer.step()

@@ -47,6 +47,8 @@ class Trial:
         self._cpu = self._start = 0.0
         self._measured: dict[str, float] = {}
         torch.set_num_threads(self.told.threads)
+        if self.told.device == "cuda":
+            torch.backends.cudnn.allow_tf32 = False  # float32 for all alike, as on the processor
 
     def begin(self) -> None:
         """The first round begins."""
@@ -69,6 +71,7 @@ class Trial:
 
     def mark(self) -> None:
         """A round is over, durably."""
+        self._wait()
         self._marks.append(time.monotonic())
         done = len(self._marks)
         if done == self.rounds:
@@ -86,9 +89,17 @@ class Trial:
         rounds = np.diff([self._start, *self._marks[self.told.warmup :]])
         found = self._measured | {f"evaluation_{name}": value for name, value in evaluation.items()}
         found |= {"import_torch": _TORCH_SECONDS, "torch_mb": _TORCH_MEMORY, **more}
+        if self.told.device == "cuda":
+            found["gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
         (self.out / "result.json").write_text(json.dumps({**found, "rounds": list(rounds)}))
 
+    def _wait(self) -> None:
+        """Until the device has done what it was asked to."""
+        if self.told.device == "cuda":
+            torch.cuda.synchronize()
+
     def _start_clock(self) -> None:
+        self._wait()
         (self.out / TIMING).touch()
         self._cpu = tree.cpu(os.getpid())
         self._start = time.monotonic()

@@ -33,7 +33,8 @@ def main() -> None:
     os.environ["UMBEL_STATE"] = str(out / "state")
     reference = str(HERE / "umbel_scenario.py")
     scenario = load(reference)
-    own = trial.told.settings.format(processes=trial.told.processes, threads=trial.told.threads)
+    told = trial.told
+    own = told.settings.format(processes=told.processes, threads=told.threads, device=told.device)
     asked = f"{workload.settings} {own} rounds.number={trial.rounds} model={workload.model}"
     settings = override(scenario.settings, f"{asked} run.data={trial.told.workload.absolute()}")
     with (

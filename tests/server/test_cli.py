@@ -44,6 +44,7 @@ WRONG = {
     "nothing to report": (["report", "/nonexistent"], "report.json"),
     "a client's name without end": (["key", "node", "state", "n" * 65], "1 to 64 bytes"),
     "a state folder that cannot be one": (["key", "node", "/dev/null/state", "a"], "/dev/null/state cannot be used"),
+    "a GPU in two processes": (["run", "digits", "--set", "local.device=cuda run.processes=2"], "set local.device=cpu"),
     "a sum of two": (["run", "digits", "--set", "protect=masked protect.minimum=2"], "greater than or equal to 3"),
     "unknown data set": (["data", "get", "imagenet"], "imagenet"),
 }

@@ -266,7 +266,8 @@ def test_bf16_is_refused_where_the_processor_lacks_it(monkeypatch: pytest.Monkey
 
 def test_a_row_says_how_its_round_was_trained(tmp_path: Path) -> None:
     _, rows = federate(tmp_path, "local.engine=cohort local.block=4")
-    assert rows[0]["engine"] == {"name": "cohort", "block": 4, "precision": "float32", "threads": 1, "processes": 1}
+    told = {"name": "cohort", "block": 4, "precision": "float32", "device": "cpu", "threads": 1, "processes": 1}
+    assert rows[0]["engine"] == told
     _, rows = federate(tmp_path, "")
     assert rows[0]["engine"]["name"] == "single"
 
