@@ -179,15 +179,17 @@ def _groups(node: Node, ready: Sequence[Admitted]) -> Iterator[_Group]:
         return
     model = training.fitted(node, ready[0].task)
     chain = stack.read(model) if node.apart and not node.settings.local.scaffold else None
-    short, long = list[Admitted](), list[Admitted]()
+    private, short, long = list[Admitted](), list[Admitted](), list[Admitted]()
     for mine in ready:
         if mine.task.deadline or (mine.task.mechanism and chain is None):
             yield _Group([mine], [partial(_by_itself, node, mine)])
         elif mine.task.mechanism:
-            assert chain is not None
-            yield _Group([mine], [partial(_by_rows, node, chain, mine)])
+            private.append(mine)
         else:
             (short if chain and gram.pays(chain, _rows(node, mine)) else long).append(mine)
+    if private:
+        assert chain is not None
+        yield from _private(node, chain, private)
     for part in _alike(node, short):
         assert chain is not None
         try:
@@ -209,13 +211,36 @@ def _by_itself(node: Node, mine: Admitted) -> tuple[Tensor, int]:
     return torch.from_numpy(update), steps
 
 
-def _by_rows(node: Node, chain: stack.Stack, mine: Admitted) -> tuple[Tensor, int]:
-    """Under example-level DP."""
-    task, seed, loss = mine.task, node.settings.privacy.noise_seed, node.scenario.loss
-    assert task.mechanism is not None
-    random = dp_sgd.noise_generator(None if seed is None else derive(seed, "noise", task.round, task.client))
-    pulls, plan = _pulls(node, task), (task.mechanism, task.clip)
-    return private_stack.train(chain, _start(mine), *mine.examples, loss, pulls, task.steps, *plan, random), task.steps
+def _private(node: Node, chain: stack.Stack, members: Sequence[Admitted]) -> Iterator[_Group]:
+    """Under example-level DP, some at a time."""
+    size = private_stack.together(chain)
+    for part in (members[at : at + size] for at in range(0, len(members), size)):
+        try:
+            made = _by_rows(node, chain, part)
+        except Exception:  # of one of them, who is told when trained by itself
+            yield _Group(part, [partial(_private_alone, node, chain, mine) for mine in part])
+            continue
+        yield _Group(part, [partial(_taken, update, mine.task.steps) for update, mine in zip(made, part, strict=True)])
+
+
+def _by_rows(node: Node, chain: stack.Stack, members: Sequence[Admitted]) -> list[Tensor]:
+    seed, clients = node.settings.privacy.noise_seed, list[private_stack.Private]()
+    for mine in members:
+        task = mine.task
+        assert task.mechanism is not None
+        random = dp_sgd.noise_generator(None if seed is None else derive(seed, "noise", task.round, task.client))
+        clients.append(private_stack.Private(*mine.examples, task.steps, task.mechanism, random))
+    first = members[0]
+    told = node.scenario.loss, _pulls(node, first.task), first.task.clip
+    return private_stack.train(chain, _start(first), clients, *told)
+
+
+def _private_alone(node: Node, chain: stack.Stack, mine: Admitted) -> tuple[Tensor, int]:
+    return _by_rows(node, chain, [mine])[0], mine.task.steps
+
+
+def _taken(update: Tensor, steps: int) -> tuple[Tensor, int]:
+    return update, steps
 
 
 def _by_fused(node: Node, trainer: fused.Trainer, mine: Admitted) -> tuple[Tensor, int]:
