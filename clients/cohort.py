@@ -25,7 +25,7 @@ from clients import fused, gram, leaving, placement, private_stack, sgd, stack, 
 from clients.codecs import CodecError
 from clients.task import Reply, Summand, Task
 from clients.training import Admitted, Node
-from privacy import dp_sgd, on_device
+from privacy import on_device
 from privacy.refused import Refused
 from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
@@ -226,7 +226,7 @@ def _groups(node: Node, ready: Sequence[Admitted]) -> Iterator[_Group]:
     away = not start.is_cpu
     if private:
         assert chain is not None
-        yield _Group(private, [partial(_by_rows, node, chain, start, mine) for mine in private], away=away)
+        yield from _private(node, chain, start, private)
     for part in _alike(node, short):
         assert chain is not None
         try:
@@ -248,16 +248,41 @@ def _by_itself(node: Node, mine: Admitted) -> tuple[Tensor, int]:
     return torch.from_numpy(update), steps
 
 
-def _by_rows(node: Node, chain: stack.Stack, start: Tensor, mine: Admitted) -> tuple[Tensor, int]:
-    """Under example-level DP."""
-    task, seed, loss = mine.task, node.settings.privacy.noise_seed, node.scenario.loss
-    assert task.mechanism is not None
-    seed = None if seed is None else derive(seed, "noise", task.round, task.client)
-    random, here = on_device.generators(seed, start.device)
-    x, y = placement.sent(start.device, *mine.examples)
-    samples = placement.indices(dp_sgd.poisson(task.mechanism, len(y), task.steps, here), start.device)
-    told = loss, _pulls(node, task), task.steps, task.mechanism, task.clip, random, samples
-    return private_stack.train(chain, start, x, y, *told), task.steps
+def _private(node: Node, chain: stack.Stack, start: Tensor, members: Sequence[Admitted]) -> Iterator[_Group]:
+    """Under example-level DP, some at a time; on a device all, as it has no caches that they could outgrow."""
+    away = not start.is_cpu
+    size = len(members) if away else private_stack.together(chain)
+    for part in (members[at : at + size] for at in range(0, len(members), size)):
+        try:
+            made = _by_rows(node, chain, start, part)
+        except torch.AcceleratorError:
+            raise
+        except Exception:  # of one of them, who is told when trained by itself
+            yield _Group(part, [partial(_private_alone, node, chain, start, mine) for mine in part], away=away)
+            continue
+        taken = [partial(_taken, update, mine.task.steps) for update, mine in zip(made, part, strict=True)]
+        yield _Group(part, taken, away=away)
+
+
+def _by_rows(node: Node, chain: stack.Stack, start: Tensor, members: Sequence[Admitted]) -> list[Tensor]:
+    seed, clients = node.settings.privacy.noise_seed, list[private_stack.Private]()
+    for mine in members:
+        task = mine.task
+        assert task.mechanism is not None
+        own = None if seed is None else derive(seed, "noise", task.round, task.client)
+        noise, draws = on_device.generators(own, start.device)
+        x, y = placement.sent(start.device, *mine.examples)
+        clients.append(private_stack.Private(x, y, task.steps, task.mechanism, noise, draws))
+    first = members[0]
+    return private_stack.train(chain, start, clients, node.scenario.loss, _pulls(node, first.task), first.task.clip)
+
+
+def _private_alone(node: Node, chain: stack.Stack, start: Tensor, mine: Admitted) -> tuple[Tensor, int]:
+    return _by_rows(node, chain, start, [mine])[0], mine.task.steps
+
+
+def _taken(update: Tensor, steps: int) -> tuple[Tensor, int]:
+    return update, steps
 
 
 def _by_fused(node: Node, trainer: fused.Trainer, start: Tensor, mine: Admitted) -> tuple[Tensor, int]:

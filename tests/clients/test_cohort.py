@@ -230,8 +230,13 @@ def test_under_example_level_dp_a_block_draws_the_same_samples_and_noise_and_cli
 ) -> None:
     node = made_node(tmp_path, model, "local.batch=8 privacy.unit=example privacy.clip=0.5 privacy.noise_seed=3")
     tasks = [
-        replace(task, mechanism=Mechanism(8 / SIZES[task.client] if SIZES[task.client] > 8 else 1.0, 1.3), clip=0.5)
-        for task in made_tasks(node, steps=5)
+        replace(
+            task,
+            steps=3 + SIZES[task.client] % 4,
+            mechanism=Mechanism(8 / SIZES[task.client] if SIZES[task.client] > 8 else 1.0, 1.3),
+            clip=0.5,
+        )
+        for task in made_tasks(node)
     ]
     assert apart(decoded(cohort.answer(node, tasks)), decoded([answer(node, task) for task in tasks])) < 2e-5
 
@@ -243,9 +248,9 @@ def test_clipped_sums_are_those_of_opacus(model: str) -> None:
     chain = stack.read(net)
     assert chain is not None
     flat = torch.from_numpy(flatten(net))
-    layers = [layer.of(flat) for layer in chain.layers]
+    layers = private_stack.weights(chain, [flat])
     for clip in (0.05, 1.0, 50.0):
-        rows = private_stack.clipped(chain, layers, chain.functions[0](x), y, LOSS, clip)
+        rows = private_stack.clipped(chain, layers, chain.functions[0](x), y, [len(y)], LOSS, clip)
         truth = dp_sgd.PrivateGradient(net, LOSS, Mechanism(1.0, 0.0), clip, torch.Generator())
         next(truth.batches(len(y), 1))
         truth.step(x, y)
@@ -262,11 +267,12 @@ def test_an_example_whose_gradient_is_not_finite_counts_as_zero_in_a_clipped_sum
     net, (x, y) = MODELS["relu"](), examples("c")
     chain = stack.read(net)
     assert chain is not None
-    layers = [layer.of(torch.from_numpy(flatten(net))) for layer in chain.layers]
+    layers, rest = private_stack.weights(chain, [torch.from_numpy(flatten(net))]), len(y) - 1
     x = chain.functions[0](x.clone())
-    without = private_stack.clipped(chain, layers, x[1:], y[1:], LOSS, 1.0)
+    without = private_stack.clipped(chain, layers, x[1:], y[1:], [rest], LOSS, 1.0)
     x[0] = torch.nan
-    for (d, a), (d_1, a_1) in zip(private_stack.clipped(chain, layers, x, y, LOSS, 1.0), without, strict=True):
+    made = private_stack.clipped(chain, layers, x, y, [rest + 1], LOSS, 1.0)
+    for (d, a), (d_1, a_1) in zip(made, without, strict=True):
         assert torch.allclose(d.T @ a, d_1.T @ a_1, atol=1e-6)
 
 
@@ -281,8 +287,8 @@ def noise(multiplier: float) -> Tensor:
         return (outputs * 0).sum(1).mean()
 
     mechanism, pulls = Mechanism(0.5, multiplier), fused.Pulls(0.1)
-    told = (chain, start, x, y, flat, pulls, 3, mechanism, 2.0)
-    drawn = [private_stack.train(*told, dp_sgd.noise_generator(None)) for _ in range(20)]
+    clients = [private_stack.Private(x, y, 3, mechanism, dp_sgd.noise_generator(None)) for _ in range(20)]
+    drawn = private_stack.train(chain, start, clients, flat, pulls, 2.0)
     return torch.cat(drawn) / (0.1 * 2.0 / 5 * 3**0.5)
 
 

@@ -182,17 +182,18 @@ def test_under_example_level_dp_a_block_is_waited_for_once_and_takes_the_steps_t
     words = "local.batch=8 privacy.unit=example privacy.clip=0.5 privacy.noise_seed=3"
     node = made_node(tmp_path, "chain", f"{words} local.proximal=0.3")
     assert node.apart
-    made, (x, y), rate = stack.read(node.template), examples("a"), 0.1
+    made, tasks = stack.read(node.template), under_dp(node)
     assert made is not None
-    tasks = under_dp(node)
     with away:
-        found = payloads(cohort.answer(node, tasks))[0]
+        found = payloads(cohort.answer(node, tasks))
     assert away.waits == {"_to_copy": 1}
-    seed = derive(3, "noise", 1, "a")
-    mechanism, pulls = Mechanism(0.4, 1.3), fused.Pulls.of(rate, 0.3, 0.0)
-    samples = dp_sgd.poisson(mechanism, len(y), tasks[0].steps, dp_sgd.noise_generator(seed))
-    told = (x, y, LOSS, pulls, tasks[0].steps, mechanism, 0.5, dp_sgd.noise_generator(seed), samples)
-    assert off(found, private_stack.train(made, torch.from_numpy(tasks[0].weights), *told).numpy()) < 1e-6
+    clients = []
+    for task in tasks:
+        random = [dp_sgd.noise_generator(derive(3, "noise", 1, task.client)) for _ in ("noise", "samples")]
+        clients.append(private_stack.Private(*examples(task.client), task.steps, Mechanism(0.4, 1.3), *random))
+    pulls = fused.Pulls.of(0.1, 0.3, 0.0)
+    truth = private_stack.train(made, torch.from_numpy(tasks[0].weights), clients, LOSS, pulls, 0.5)
+    assert off(found, torch.stack(truth).numpy()) < 1e-6
 
 
 @pytest.mark.parametrize("words", ["", "privacy.unit=example privacy.clip=0.5 privacy.noise_seed=3"])
@@ -236,14 +237,15 @@ def test_what_lies_on_two_devices_or_is_of_two_types_is_refused() -> None:
     made, start = stack.read(chain()), torch.from_numpy(flatten(chain()))
     assert made is not None
     trainer = fused.Trainer(convolutions(), fused.Pulls(0.1))
-    (x, y), mechanism = examples("a"), (Mechanism(0.5, 1.0), 1.0, torch.Generator())
+    x, y = examples("a")
     flat = torch.from_numpy(flatten(convolutions()))
 
     def by_gram(x: Tensor, y: Tensor) -> object:
         return gram.train(made, start, gram.Batches(x[None], y[None], None, (3,), 8), LOSS, fused.Pulls(0.1))
 
     def by_rows(x: Tensor, y: Tensor) -> object:
-        return private_stack.train(made, start, x, y, LOSS, fused.Pulls(0.1), 1, *mechanism)
+        client = private_stack.Private(x, y, 1, Mechanism(0.5, 1.0), torch.Generator())
+        return private_stack.train(made, start, [client], LOSS, fused.Pulls(0.1), 1.0)
 
     def by_fused(x: Tensor, y: Tensor) -> object:
         return trainer.train(flat, x, y, [torch.arange(8)], LOSS)
