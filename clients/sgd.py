@@ -40,9 +40,9 @@ def train(
     private = None
     if task.mechanism is not None:
         seed = None if seed is None else derive(seed, "noise", task.round, task.client)
-        noise, samples = on_device.generators(seed, there)
-        private = dp_sgd.PrivateGradient(model, loss, task.mechanism, task.clip, noise)
-        batches: Iterator[Any] = private.batches(len(examples.y), task.steps, samples)
+        noise, draws = on_device.generators(seed, there)
+        private = dp_sgd.PrivateGradient(model, loss, task.mechanism, task.clip, noise, draws)
+        batches: Iterator[Any] = private.batches(len(examples.y), task.steps)
     else:
         batches = shuffled(len(examples.y), task, settings)
     batches = placement.indices(batches, there)

@@ -132,12 +132,14 @@ class PrivateGradient:
         mechanism: Mechanism,
         clip: float,
         generator: torch.Generator,
+        draws: torch.Generator | None = None,
     ) -> None:
+        """generator: of the noise, on the model's device. draws: of the samples, on the processor; None: the same."""
         from opacus import GradSampleModule
         from opacus.optimizers import DPOptimizer
 
-        self._model, self._loss, self._mechanism, self._generator = model, loss, mechanism, generator
-        self._clip = clip
+        self._model, self._loss, self._mechanism = model, loss, mechanism
+        self._draws, self._clip = draws or generator, clip
         self._wrapped = GradSampleModule(model)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._buffers = [buffer.clone() for buffer in model.buffers()]
@@ -150,10 +152,10 @@ class PrivateGradient:
             generator=generator,
         )
 
-    def batches(self, examples: int, steps: int, generator: torch.Generator | None = None) -> Iterator[list[int]]:
-        """`steps` Poisson samples of the indices below `examples`, empty ones too; by `generator`, else the noise's."""
+    def batches(self, examples: int, steps: int) -> Iterator[list[int]]:
+        """`steps` Poisson samples of the indices below `examples`; a sample may be empty."""
         self._optimizer.expected_batch_size = self._mechanism.sampling_rate * examples
-        return poisson(self._mechanism, examples, steps, generator or self._generator)
+        return poisson(self._mechanism, examples, steps, self._draws)
 
     def step(self, x: Tensor, y: Tensor) -> None:
         """x: (B, ...), y: (B,) of one Poisson sample, B >= 0. Large samples go through in parts and get noise once.
