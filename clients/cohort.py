@@ -212,7 +212,7 @@ def _groups(node: Node, ready: Sequence[Admitted]) -> Iterator[_Group]:
     if not ready:
         return
     there, task = placement.of(node.settings), ready[0].task
-    model = training.fitted(node, task).to(there)
+    model = placement.moved(training.fitted(node, task), there)
     (start,) = placement.sent(there, torch.from_numpy(task.weights))  # all tasks of a block have the same
     chain = stack.read(model) if node.apart and not node.settings.local.scaffold else None
     private, short, long = list[Admitted](), list[Admitted](), list[Admitted]()

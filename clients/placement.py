@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from clients import workers
 from privacy.refused import Refused
@@ -55,6 +55,11 @@ def processes(settings: Settings) -> int:
 def sent(there: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
     """`tensors` of this machine's memory on the device; on the processor they themselves."""
     return tuple(_pinned(tensor, there).to(there, non_blocking=True) for tensor in tensors)
+
+
+def moved(model: nn.Module, there: torch.device) -> nn.Module:
+    """`model`, whose tensors lie on the device from here on; on the processor nothing is done."""
+    return model.to(there, non_blocking=True)
 
 
 def _pinned(tensor: Tensor, there: torch.device) -> Tensor:
@@ -124,7 +129,7 @@ def try_out(scenario: Scenario, settings: Settings, examples: Examples) -> None:
     try:
         x, y = sent(there, examples.x[:2], examples.y[:2])
         with torch.no_grad():
-            fetched(scenario.loss(build_model(scenario, settings).eval().to(there)(x), y))
+            fetched(scenario.loss(moved(build_model(scenario, settings).eval(), there)(x), y))
     except RuntimeError as error:
         raise Refused(
             f"the model or the loss of scenario {scenario.name} does not work on {there} ({_first_line(error)}): let "

@@ -138,7 +138,8 @@ def _train(node: Node, task: Task) -> Reply:
 def trained(node: Node, mine: Admitted) -> tuple[Vector, int]:
     """(the update (P,) of a task by SGD on the client's own copy of the model, the steps taken)."""
     settings, task, there = node.settings, mine.task, placement.of(node.settings)
-    model, examples = _model(node, task).to(there), Examples(*placement.sent(there, *mine.examples))
+    model = placement.moved(_model(node, task), there)
+    examples = Examples(*placement.sent(there, *mine.examples))
     with drawing(settings, task), placement.exactly(there):
         steps = sgd.train(model, examples, node.scenario.loss, task, settings.local, settings, mine.correction)
     return flatten(model) - task.weights, steps
@@ -256,7 +257,9 @@ def _evaluate(node: Node, task: Task) -> Reply:
     examples = node.federation.client_test(task.client)
     if task.mechanism is not None:
         _few_enough(node, task.client, len(examples.y))
-    loss, correct = evaluate(_model(node, task).to(placement.of(node.settings)), examples, node.scenario.loss)
+    loss, correct = evaluate(
+        placement.moved(_model(node, task), placement.of(node.settings)), examples, node.scenario.loss
+    )
     if node.settings.hides_tests:
         grid = upload.grid_of(task, node.settings)
         assert grid is not None

@@ -68,7 +68,8 @@ def scorer(
         model = copy.deepcopy(node.template)
         fit(model, state.layout)
         load(model, state.weights)
-        loss, correct = evaluate(model.to(placement.of(node.settings)), test, node.scenario.loss)
+        model = placement.moved(model, placement.of(node.settings))
+        loss, correct = evaluate(model, test, node.scenario.loss)
         return Score(loss if math.isfinite(loss) else None, correct / len(test.y))
 
     return by_server

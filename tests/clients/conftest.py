@@ -76,6 +76,8 @@ class Elsewhere(TorchDispatchMode):
         kinds = {one.dtype for one in there if one.is_floating_point() and one.dim()}
         if len(kinds) > 1:
             raise RuntimeError(f"{name}: tensors of {kinds}")
+        if goes and flat and not there and not kwargs.get("non_blocking"):
+            self.waits[f"{name} there"] += 1
         if comes or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"):
             self.waits[name] += 1
         if goes:

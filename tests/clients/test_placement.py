@@ -216,7 +216,7 @@ def test_weights_are_evaluated_on_a_device_with_the_processors_result(away: Any)
     many = Examples(x.repeat(60, 1, 1, 1), y.repeat(60))
     here = training.evaluate(model, many, LOSS)
     with away:
-        assert training.evaluate(model.to("meta"), many, LOSS) == here
+        assert training.evaluate(placement.moved(model, torch.device("meta")), many, LOSS) == here
     assert away.waits == {"_to_copy": 1}
 
 
