@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from clients import fused, gram, private_stack, sgd, stack, training, upload, workers
@@ -123,16 +122,16 @@ class _Sum:
 
     def __init__(self, node: Node, weigh: Weigh) -> None:
         self._node, self._weigh, self._weight = node, weigh, 0.0
-        self._total: NDArray[np.float64] | None = None
+        self._total: Tensor | None = None
 
     def take(self, group: _Group) -> list[Reply]:
         """The replies of `group`, whose updates are in the sum from here on."""
         clipped = any(mine.task.update_clip for mine in group.members)
         if group.total is not None and not clipped:
             weights = [self._weigh(len(mine.examples.y)) for mine in group.members]
-            total = group.total(weights).numpy().astype(np.float64)
-            if np.isfinite(total).all():
-                self._add(total, sum(weights))
+            total = group.total(weights)
+            if total.isfinite().all():
+                self._add(total, 1.0, sum(weights))
                 return [self._reply(mine, mine.task.steps, True) for mine in group.members]
         return [
             training.guarded(mine.task, partial(self._take, mine, made))
@@ -147,11 +146,13 @@ class _Sum:
         if not np.isfinite(update).all():
             raise CodecError(f"an update must be finite: {np.count_nonzero(~np.isfinite(update))} entries are not")
         weight = self._weigh(len(mine.examples.y))
-        self._add(update.astype(np.float64) * weight, weight)
+        self._add(torch.from_numpy(update), weight, weight)
         return self._reply(mine, steps, within)
 
-    def _add(self, total: NDArray[np.float64], weight: float) -> None:
-        self._total = total if self._total is None else self._total + total
+    def _add(self, update: Tensor, times: float, weight: float) -> None:
+        if self._total is None:
+            self._total = torch.zeros(update.shape, dtype=torch.float64)
+        self._total.add_(update, alpha=times)
         self._weight += weight
 
     def _reply(self, mine: Admitted, steps: int, within: bool) -> Reply:
@@ -164,13 +165,15 @@ class _Sum:
         for i in reversed(range(len(replies))):
             if (summand := replies[i].summand) is not None:
                 assert self._total is not None
-                replies[i] = replace(replies[i], summand=replace(summand, total=self._total, whole=self._weight))
+                replies[i] = replace(
+                    replies[i], summand=replace(summand, total=self._total.numpy(), whole=self._weight)
+                )
                 break
         return replies
 
 
 def _vector(update: Tensor) -> Vector:
-    return update.numpy().astype(np.float32)
+    return update.numpy().astype(np.float32, copy=False)
 
 
 def _groups(node: Node, ready: Sequence[Admitted]) -> Iterator[_Group]:
