@@ -4,8 +4,8 @@
 
 One process and one thread, the run folder and the ledger included; the parent's part of a run with workers is what is
 not below `answer`. Every few milliseconds of CPU time the stack of Python calls is looked at, so what torch does is
-counted to the line that asked for it. The table has, for each of Umbel's functions, the time in it and in the libraries it
-calls; the figure has whole stacks, widest first, the outermost call on top.
+counted to the line that asked for it. The table has, for each of Umbel's functions, the time in it and in what it calls
+of libraries; the figure has whole stacks, widest first, the outermost call on top.
 """
 
 import argparse
@@ -135,7 +135,9 @@ def main() -> None:
         print(json.dumps({"workload": chosen.workload, "cpu": spent, "shares": found}, indent=2))
     else:
         print(f"{chosen.workload}, {chosen.engine}, 1x1: {written.summary} ({written.data})")
-        print(f"{spent * 1e3:.1f} ms of CPU time a round, seen {trial.stacks.total()} times in {chosen.rounds} rounds\n")
+        print(
+            f"{spent * 1e3:.1f} ms of CPU time a round, seen {trial.stacks.total()} times in {chosen.rounds} rounds\n"
+        )
         print(f"{'share':>6} {'ms':>7}  function, with what it calls of libraries")
         for name, share in found.items():
             if share >= _LEAST:

@@ -13,7 +13,7 @@ Legend: P is the number of weights; K clients, R rows, B and T as in clients/gra
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,7 @@ class _Sum:
 
     def __init__(self, node: Node, weigh: Weigh) -> None:
         self._node, self._weigh, self._weight = node, weigh, 0.0
+        self._bytes = cache(partial(upload.size, node.settings))
         self._total: Tensor | None = None
 
     def take(self, group: _Group) -> list[Reply]:
@@ -157,7 +158,7 @@ class _Sum:
 
     def _reply(self, mine: Admitted, steps: int, within: bool) -> Reply:
         task, count = mine.task, len(mine.examples.y)
-        summand = Summand(upload.size(self._node.settings, len(task.weights)), self._weigh(count))
+        summand = Summand(self._bytes(len(task.weights)), self._weigh(count))
         return Reply(task.round, task.client, b"", count, steps, within=within, summand=summand)
 
     def carried(self, replies: list[Reply]) -> list[Reply]:
