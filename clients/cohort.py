@@ -13,12 +13,11 @@ Legend: P is the number of weights; K clients, R rows, B and T as in clients/gra
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from clients import fused, gram, leaving, placement, private_stack, sgd, stack, training, upload
@@ -102,7 +101,7 @@ class _Group:
 
     members: Sequence[Admitted]
     updates: Sequence[Callable[[], tuple[Tensor, int]]]
-    """What gives (the update (P,), the steps taken) of each, called in order."""
+    """What gives (the update (P,), the steps taken) of each; called in order, the next may overwrite it."""
     total: Callable[[Sequence[float]], Tensor] | None = None
     """(P,) the sum of weights times updates, where that is cheaper than they are; every step was taken."""
     away: bool = False
@@ -126,16 +125,17 @@ class _Sum:
 
     def __init__(self, node: Node, weigh: Weigh) -> None:
         self._node, self._weigh, self._weight = node, weigh, 0.0
-        self._total: NDArray[np.float64] | None = None
+        self._bytes = cache(partial(upload.size, node.settings))
+        self._total: Tensor | None = None
 
     def take(self, group: _Group) -> list[Reply]:
         """The replies of `group`, whose updates are in the sum from here on."""
         clipped = any(mine.task.update_clip for mine in group.members)
         if group.total is not None and not clipped:
             weights = [self._weigh(len(mine.examples.y)) for mine in group.members]
-            total = placement.fetched(group.total(weights)).astype(np.float64)
-            if np.isfinite(total).all():
-                self._add(total, sum(weights))
+            total = torch.from_numpy(placement.fetched(group.total(weights)))
+            if total.isfinite().all():
+                self._add(total, 1.0, sum(weights))
                 return [self._reply(mine, mine.task.steps, True) for mine in group.members]
         updates = group.updates
         if group.away:
@@ -152,7 +152,8 @@ class _Sum:
         weights = [self._weigh(len(mine.examples.y)) for mine in group.members]
         total, parts = leaving.total(group.updates, weights, group.members[0].task.update_clip)
         if total is not None:
-            self._add(total, sum(w for w, part in zip(weights, parts, strict=True) if _counts(part)))
+            counted = sum(w for w, part in zip(weights, parts, strict=True) if _counts(part))
+            self._add(torch.from_numpy(total), 1.0, counted)
         return [
             training.guarded(mine.task, partial(self._told, mine, part))
             for mine, part in zip(group.members, parts, strict=True)
@@ -173,16 +174,18 @@ class _Sum:
         if not np.isfinite(update).all():
             raise _not_finite(int(np.count_nonzero(~np.isfinite(update))))
         weight = self._weigh(len(mine.examples.y))
-        self._add(update.astype(np.float64) * weight, weight)
+        self._add(torch.from_numpy(update), weight, weight)
         return self._reply(mine, steps, within)
 
-    def _add(self, total: NDArray[np.float64], weight: float) -> None:
-        self._total = total if self._total is None else self._total + total
+    def _add(self, update: Tensor, times: float, weight: float) -> None:
+        if self._total is None:
+            self._total = torch.zeros(update.shape, dtype=torch.float64)
+        self._total.add_(update, alpha=times)
         self._weight += weight
 
     def _reply(self, mine: Admitted, steps: int, within: bool) -> Reply:
         task, count = mine.task, len(mine.examples.y)
-        summand = Summand(upload.size(self._node.settings, len(task.weights)), self._weigh(count))
+        summand = Summand(self._bytes(len(task.weights)), self._weigh(count))
         return Reply(task.round, task.client, b"", count, steps, within=within, summand=summand)
 
     def carried(self, replies: list[Reply]) -> list[Reply]:
@@ -190,7 +193,9 @@ class _Sum:
         for i in reversed(range(len(replies))):
             if (summand := replies[i].summand) is not None:
                 assert self._total is not None
-                replies[i] = replace(replies[i], summand=replace(summand, total=self._total, whole=self._weight))
+                replies[i] = replace(
+                    replies[i], summand=replace(summand, total=self._total.numpy(), whole=self._weight)
+                )
                 break
         return replies
 
@@ -204,7 +209,7 @@ def _not_finite(entries: int) -> CodecError:
 
 
 def _vector(update: Tensor) -> Vector:
-    return update.numpy().astype(np.float32)
+    return update.numpy().astype(np.float32, copy=False)
 
 
 def _groups(node: Node, ready: Sequence[Admitted]) -> Iterator[_Group]:

@@ -32,7 +32,7 @@ class Part:
 
 def updates(made: Sequence[Made]) -> list[Made]:
     """`made`, whose updates then lie in this machine's memory; what raises, raises when it is called."""
-    found = [_tried(one) for one in made]
+    found = [_tried(partial(_kept, one)) for one in made]
     there = [one[0] for one in found if isinstance(one, tuple)]
     rows = iter(torch.from_numpy(placement.fetched(torch.stack(there)))) if there else iter(())
     return [partial(_raise, one) if isinstance(one, Exception) else partial(_same, next(rows), one[1]) for one in found]
@@ -79,6 +79,11 @@ def _tried(made: Made) -> tuple[Tensor, int] | Exception:
         raise
     except Exception as error:
         return error
+
+
+def _kept(made: Made) -> tuple[Tensor, int]:
+    update, steps = made()
+    return update.clone(), steps  # the next may overwrite it
 
 
 def _raise(error: Exception) -> tuple[Tensor, int]:

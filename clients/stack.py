@@ -92,7 +92,7 @@ def read(model: nn.Module) -> Stack | None:
     once = linear(model)
     if not once or len(once) < sum(type(module) is nn.Linear for module in modules):
         return None
-    if any(type(module) not in (nn.Linear, *_BETWEEN) or _hooked(module) for module in modules):
+    if any(type(module) not in (nn.Linear, *_BETWEEN) or hooked(module) for module in modules):
         return None
     if any(module.start_dim != 1 for module in modules if isinstance(module, nn.Flatten)):
         return None
@@ -120,7 +120,7 @@ def linear(model: nn.Module) -> list[nn.Linear]:
     """The linear layers of a chain that are used just once in it, and whose weights nothing else uses."""
     modules = list(_chain(model))
     used = [id(parameter) for module in modules for parameter in module.parameters()]
-    found = [module for module in modules if type(module) is nn.Linear and not _hooked(module)]
+    found = [module for module in modules if type(module) is nn.Linear and not hooked(module)]
     once = [module for module in found if all(used.count(id(parameter)) == 1 for parameter in module.parameters())]
     return once if all(parameter.requires_grad for one in once for parameter in one.parameters()) else []
 
@@ -134,5 +134,6 @@ def _chain(module: nn.Module) -> Iterator[nn.Module]:
         yield from _chain(part)
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody listens to what the module sees or makes."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

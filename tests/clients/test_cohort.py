@@ -1,5 +1,6 @@
 """Blocks of clients against clients one by one: the same updates for every model and every way to train."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -331,7 +332,7 @@ def test_in_float64_a_whole_run_differs_by_less_than_a_billionth(kernel: str) ->
             batches[name] = list(sgd.shuffled(len(data[name].y), task, settings))
         if kernel == "fused":
             trainer = fused.Trainer(MODELS["relu"]().double(), pulls)
-            updates = [trainer.train(weights, *data[name], batches[name], LOSS)[0] for name in data]
+            updates = [trainer.train(weights, *data[name], batches[name], LOSS)[0].clone() for name in data]
             weights = weights + sum(updates) / len(updates)
         else:
             made = gram.train(chain, weights, padded(data, batches), LOSS, pulls)
@@ -389,3 +390,25 @@ def test_bf16_computes_in_bf16_and_keeps_weights_in_float32(tmp_path: Path) -> N
     tasks = made_tasks(exact)
     difference = apart(decoded(cohort.answer(rough, tasks)), decoded(cohort.answer(exact, tasks)))
     assert 1e-5 < difference < 0.3
+
+
+def test_a_relu_in_front_of_a_pooling_of_maxima_acts_behind_it_with_the_same_bits() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2, padding=1), nn.Flatten(), nn.Linear(64, 3))
+    heard = copy.deepcopy(net)
+    heard[1].register_forward_hook(lambda *_: None)  # so it stays where it is
+    start, (x, y) = torch.from_numpy(flatten(net)), examples("a")
+    batches = [torch.arange(0, 12), torch.arange(12, 24)]
+    swapped, plain = (fused.Trainer(one, fused.Pulls(0.1)) for one in (net, heard))
+    assert [type(part) for part in swapped._model.children()][1:3] == [nn.MaxPool2d, nn.ReLU]
+    assert [type(part) for part in plain._model.children()][1:3] == [nn.ReLU, nn.MaxPool2d]
+    assert torch.equal(swapped.train(start, x, y, batches, LOSS)[0], plain.train(start, x, y, batches, LOSS)[0])
+
+
+def test_a_weight_that_outgrows_the_cache_takes_the_same_step() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 9000), nn.Tanh(), nn.Linear(9000, 3))
+    start, (x, y) = torch.from_numpy(flatten(net)), examples("a")
+    update, _ = fused.Trainer(copy.deepcopy(net), fused.Pulls(0.1)).train(start, x, y, [torch.arange(24)], LOSS)
+    LOSS(net(x), y).backward()
+    truth = torch.cat([parameter.grad.flatten() for parameter in net.parameters() if parameter.grad is not None]) * -0.1
+    assert net[1].weight.numel() >= fused._OUTGROWN
+    assert torch.allclose(update, truth, atol=1e-6)
