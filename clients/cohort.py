@@ -234,7 +234,8 @@ def _start(mine: Admitted) -> Tensor:
 
 
 def _pulls(node: Node, task: Task) -> fused.Pulls:
-    return fused.Pulls.of(task.rate, node.settings.local.proximal, node.settings.local.weight_decay)
+    local = node.settings.local
+    return fused.Pulls.of(task.rate, local.proximal, local.weight_decay, local.momentum)
 
 
 def _rows(node: Node, mine: Admitted) -> int:

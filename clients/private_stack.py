@@ -44,22 +44,24 @@ def train(
 ) -> Tensor:
     """The update (P,) of one client by `steps` private steps from the weights `start` (P,).
 
-    x: (N, ...), y: (N,). loss: a plain mean over examples.
+    x: (N, ...), y: (N,). loss: a plain mean over examples. Momentum sums up what was noised, and costs nothing.
     """
     weights, noise = start.clone(), torch.empty_like(start)
+    velocity = torch.zeros_like(start) if pulls.momentum else None
     layers, drawn = [layer.of(weights) for layer in chain.layers], [layer.of(noise) for layer in chain.layers]
     parts = [part for pair in drawn for part in pair if part is not None]
     x, scale = chain.functions[0](x), pulls.rate / (mechanism.sampling_rate * len(y))
     for sample in dp_sgd.poisson(mechanism, len(y), steps, generator):
         rows = clipped(chain, layers, x[sample], y[sample], loss, clip)
-        if pulls.keep != 1:
-            weights.mul_(pulls.keep).add_(start, alpha=pulls.back)
-        for (weight, bias), (back, inputs) in zip(layers, rows, strict=True):
+        to = pulls.moved(weights, start, velocity)
+        for (weight, bias), (back, inputs) in zip([layer.of(to) for layer in chain.layers], rows, strict=True):
             weight.addmm_(back.T, inputs, alpha=-scale)
             if bias is not None:
                 bias.sub_(back.sum(0), alpha=scale)
         dp_sgd.draw_noise(parts, mechanism, clip, generator)
-        weights.sub_(noise, alpha=scale)
+        to.sub_(noise, alpha=scale)
+        if velocity is not None:
+            weights.add_(velocity)
     return weights - start
 
 

@@ -94,7 +94,8 @@ def reader(settings: Settings) -> Callable[[Task, Reply], combine.Contribution]:
         update = upload.decode(reply.payload, task, settings)
         if task.update_clip and not task.update_noise:  # noised by its client it is long, and may be
             update, _ = cohort_noise.clipped(update, task.update_clip)
-        return combine.Contribution(update, weight(reply.examples, settings), reply.steps, reply.within)
+        steps = combine.plain_steps(reply.steps, settings.local.momentum)
+        return combine.Contribution(update, weight(reply.examples, settings), steps, reply.within)
 
     return read
 

@@ -94,6 +94,8 @@ WAYS = {
     "proximal": "local.batch=8 local.epochs=2 local.proximal=0.5",
     "weight decay": "local.batch=8 local.epochs=2 local.weight_decay=0.3",
     "both pulls": "local.batch=8 local.epochs=2 local.proximal=0.4 local.weight_decay=0.3",
+    "momentum": "local.batch=8 local.epochs=2 local.momentum=0.9",
+    "momentum and pulls": "local.batch=8 local.epochs=2 local.momentum=0.9 local.proximal=0.4 local.weight_decay=0.3",
 }
 """Clients of different sizes take different steps, in batches that differ, in all of them but one."""
 
@@ -224,11 +226,13 @@ def test_a_loss_that_weighs_examples_against_each_other_is_not_taken_apart(tmp_p
     assert apart(decoded(cohort.answer(node, tasks)), decoded([answer(node, task) for task in tasks])) < 2e-5
 
 
+@pytest.mark.parametrize("pulls", ["", "local.momentum=0.9", "local.momentum=0.9 local.proximal=0.4"])
 @pytest.mark.parametrize("model", ["relu", "nested without bias", "convolutions"])
 def test_under_example_level_dp_a_block_draws_the_same_samples_and_noise_and_clips_alike(
-    tmp_path: Path, model: str
+    tmp_path: Path, model: str, pulls: str
 ) -> None:
-    node = made_node(tmp_path, model, "local.batch=8 privacy.unit=example privacy.clip=0.5 privacy.noise_seed=3")
+    text = f"local.batch=8 privacy.unit=example privacy.clip=0.5 privacy.noise_seed=3 {pulls}"
+    node = made_node(tmp_path, model, text)
     tasks = [
         replace(task, mechanism=Mechanism(8 / SIZES[task.client] if SIZES[task.client] > 8 else 1.0, 1.3), clip=0.5)
         for task in made_tasks(node, steps=5)
@@ -308,11 +312,12 @@ def one_by_one(model: nn.Module, text: str, start: Tensor, data: Examples, name:
     return nn.utils.parameters_to_vector(twin.parameters()).detach() - start
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("kernel", ["gram", "fused"])
-def test_in_float64_a_whole_run_differs_by_less_than_a_billionth(kernel: str) -> None:
-    text = "local.batch=5 local.proximal=0.3 local.weight_decay=0.1"
+def test_in_float64_a_whole_run_differs_by_less_than_a_billionth(kernel: str, momentum: float) -> None:
+    text = f"local.batch=5 local.proximal=0.3 local.weight_decay=0.1 local.momentum={momentum}"
     settings, model = override(Settings(), text), MODELS["relu"]()
-    chain, pulls = stack.read(model), fused.Pulls.of(0.1, 0.3, 0.1)
+    chain, pulls = stack.read(model), fused.Pulls.of(0.1, 0.3, 0.1, momentum)
     assert chain is not None
     data = {name: Examples(examples(name).x.double(), examples(name).y) for name in ("a", "c", "d", "e")}
     weights = nn.utils.parameters_to_vector(model.parameters()).detach().double()

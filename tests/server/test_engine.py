@@ -82,6 +82,9 @@ WAYS = {
     "part of the fleet": "rounds.fraction=0.5",
     "adam": "server.step=adam server.rate=0.01",
     "proximal": "local.proximal=0.3",
+    "momentum": "local.momentum=0.9 local.rate=0.02",
+    "momentum and nova": "local.momentum=0.9 local.rate=0.02 server.normalize=true fleet.profile=edge fleet.deadline=5",
+    "momentum under dp": "local.momentum=0.9 local.rate=0.02 privacy.unit=example privacy.noise_seed=2",
     "median": "server.combine=median",
     "krum": "server.combine=krum",
     "nova": "server.normalize=true",
@@ -124,7 +127,7 @@ def test_blocks_come_to_what_single_clients_come_to(tmp_path: Path, way: str) ->
     assert rows[-1]["applied"]
 
 
-@pytest.mark.parametrize("way", ["mean", "example", "client", "top-k"])
+@pytest.mark.parametrize("way", ["mean", "momentum", "example", "client", "top-k"])
 def test_one_process_or_two_give_the_same_bits(tmp_path: Path, way: str) -> None:
     text = f"{WAYS[way]} local.engine=cohort local.block=2"
     one, _ = federate(tmp_path / "one", text)
@@ -132,8 +135,10 @@ def test_one_process_or_two_give_the_same_bits(tmp_path: Path, way: str) -> None
     assert np.array_equal(one.weights, two.weights)
 
 
-def test_a_run_in_two_parts_gives_the_same_bits(tmp_path: Path) -> None:
-    text = "local.engine=cohort rounds.fraction=0.7"
+@pytest.mark.parametrize("engine", ["single", "cohort"])
+@pytest.mark.parametrize("momentum", [0, 0.9])
+def test_a_run_in_two_parts_gives_the_same_bits(tmp_path: Path, engine: str, momentum: float) -> None:
+    text = f"local.engine={engine} rounds.fraction=0.7 local.momentum={momentum}"
     whole, _ = federate(tmp_path / "whole", text)
     node = made_node(tmp_path, text)
     first = replace(first_state(node.template, node.settings), until=2)
