@@ -8,7 +8,7 @@ which all clients of a round share, and the products A A^T and D D^T, which are 
 of many small ones that read and write weights. What comes out is the block's sum of weighted updates, one more product
 a layer, or single updates where they are asked for.
 
-It pays where a client sees few examples a round: `pays`.
+It pays where a client sees few examples a round: `most`.
 
 Legend: K clients of the block, T steps of the longest, B examples of the largest batch, R = T B rows, P weights.
 """
@@ -44,14 +44,14 @@ _WORTH = 4
 """How many multiplications of small products cost as much as one of those that read and move a client's weights."""
 
 
-def pays(chain: Stack, rows: int) -> bool:
-    """Whether so many examples a client and round cost less this way than through weights of the client's own.
+def most(chain: Stack) -> int:
+    """The most examples a client and round that cost less this way than through weights of the client's own.
 
-    A row meets the rows before it, half of `rows` on average, in both directions; weights would be met, and moved, by
+    A row meets the rows before it, half of them on average, in both directions; weights would be met, and moved, by
     every row: counted in multiplications, of which the many small products of the other way take longer.
     """
-    small = sum(rows / 2 * 2 * (layer.inputs + layer.outputs) for layer in chain.layers)
-    return small <= _WORTH * sum(layer.inputs * layer.outputs for layer in chain.layers)
+    small = sum(layer.inputs + layer.outputs for layer in chain.layers)
+    return _WORTH * sum(layer.inputs * layer.outputs for layer in chain.layers) // small
 
 
 class Course:

@@ -56,6 +56,11 @@ class Local(Section):
         "single",
         description="single: clients one by one, the same bits on every runtime; cohort: blocks of them at once",
     )
+    fallback: Literal["single", "fused", "none"] = Field(
+        "single",
+        description="cohort: how far clients may fall back that share no pass; fused: one after another by one model; "
+        "single: one by one; none: not at all. What is further is refused before round 1",
+    )
     block: int = Field(0, ge=0, description="cohort: clients of a block; 0: at most 25, in blocks of even number")
     precision: Literal["float32", "bf16"] = Field(
         "float32", description="cohort: of matrix products and convolutions; bf16 needs a processor that has it"

@@ -9,7 +9,7 @@ from clients import upload
 from clients.task import Hello, Reply, Task
 from privacy import cohort_noise
 from scenarios.settings import Settings
-from server import combine
+from server import combine, engine
 from server.state import Row
 
 Read = TypeVar("Read")
@@ -28,6 +28,7 @@ def counted(fleet: _Asked, row: Row, tasks: Sequence[Task]) -> Iterator[Reply]:
     row["bytes_down"] += sum(len(task.protection.request) for task in tasks if task.protection)
     for reply in fleet.ask(tasks):
         row["bytes_up"] += reply.summand.bytes if reply.summand else len(reply.payload)
+        engine.tally(row["engine"]["trained"], reply.way)
         yield reply
 
 

@@ -143,6 +143,74 @@ def test_a_block_gives_every_client_the_update_that_it_has_by_itself(tmp_path: P
     assert [(r.client, r.steps, r.examples) for r in replies] == [(t.client, t.steps, SIZES[t.client]) for t in tasks]
 
 
+def ways(replies: Sequence[Reply]) -> dict[str, str]:
+    return {reply.client: "" if reply.way is None else reply.way.name for reply in replies}
+
+
+SMALL, MANY = dict.fromkeys(SIZES, "gram"), dict.fromkeys(SIZES, "fused")
+TRAINED = {
+    "relu": ("local.batch=8", {}, SMALL, ""),
+    "linear": ("local.batch=0 local.steps=1", {"deadline": 60.0}, dict.fromkeys(SIZES, "single"), "wall clock"),
+    "functions": ("local.scaffold=true", {}, MANY, "local.scaffold"),
+    "nested without bias": ("local.batch=0 local.steps=4", {}, MANY | {"b": "gram"}, "more than 63 ex"),
+    "convolutions": ("", {}, MANY, "layer '0' (Conv2d)"),
+    "batch norm": ("", {}, MANY, "layer '2' (BatchNorm1d)"),
+    "branching": ("", {}, MANY, "a Branching is no chain"),
+    "reused": ("", {}, MANY, "used twice"),
+    "frozen": ("", {}, MANY, "frozen"),
+}
+"""By model: settings, what is in the tasks, how each client is trained, and what is said of those who share no pass."""
+
+
+@pytest.mark.parametrize("model", TRAINED)
+@pytest.mark.parametrize("weigh", [None, float])
+def test_a_reply_says_how_its_client_was_trained_and_why(
+    tmp_path: Path, model: str, weigh: Callable[[int], float] | None
+) -> None:
+    text, changes, expected, why = TRAINED[model]
+    node = made_node(tmp_path, model, text)
+    control = np.zeros(len(flatten(node.template)), np.float32) if node.settings.local.scaffold else None
+    replies = cohort.answer(node, made_tasks(node, control=control, **changes), weigh)
+    assert ways(replies) == expected
+    assert {reply.way.why for reply in replies if reply.way and reply.way.name != "gram"} != {""}
+    assert all(why in reply.way.why for reply in replies if reply.way and reply.way.name != "gram")
+
+
+@pytest.mark.parametrize(("model", "way"), [("relu", "rows"), ("convolutions", "single")])
+def test_a_reply_under_dp_says_how_its_client_was_trained(tmp_path: Path, model: str, way: str) -> None:
+    node = made_node(tmp_path, model, "local.batch=0 privacy.unit=example privacy.clip=0.5")
+    replies = cohort.answer(node, made_tasks(node, mechanism=Mechanism(1.0, 1.0), clip=0.5, steps=1))
+    assert ways(replies) == dict.fromkeys(SIZES, way)
+
+
+def test_clients_of_a_pass_that_failed_say_so_and_who_failed_says_nothing(tmp_path: Path) -> None:
+    def data(name: str) -> Examples:
+        x, y = examples(name)
+        return Examples(x, y + 9 if name == "c" else y)
+
+    node = made_node(tmp_path, "relu", "local.batch=0 local.steps=1")
+    broken = replace(node, federation=replace(node.federation, client=data))
+    found = {reply.client: reply.way for reply in cohort.answer(broken, made_tasks(node), float)}
+    assert found["c"] is None
+    assert found["a"] is not None
+    assert (found["a"].name, found["a"].why) == ("fused", "a client beside it failed")
+
+
+def test_a_reply_says_which_precision_its_client_was_trained_in(tmp_path: Path) -> None:
+    for model, precision in (("convolutions", "bf16"), ("relu", "float32")):
+        node = made_node(tmp_path / model, model, "local.precision=bf16")
+        replies = cohort.answer(node, made_tasks(node))
+        assert {reply.way.precision for reply in replies if reply.way} == {precision}
+
+
+def test_a_device_without_bf16_trains_in_no_other_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = made_node(tmp_path, "convolutions", "local.precision=bf16")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert {reply.reason for reply in cohort.answer(node, made_tasks(node))} == {
+        "local.precision=bf16 needs a processor with bf16 (AVX-512): this one has float32 alone"
+    }
+
+
 @pytest.mark.parametrize("model", ["relu", "convolutions", "recurrent"])
 def test_a_blocks_sum_is_the_weighted_sum_of_its_updates(tmp_path: Path, model: str) -> None:
     node = made_node(tmp_path, model, WAYS["epochs"])

@@ -10,6 +10,7 @@ import pytest
 from clients import masking
 from server import cli
 
+BLOCKS = "local.engine=cohort"
 QUICK = (
     "rounds.number=1 rounds.average=1 export.recover_rounds=0 export.prune=0 "
     "reference.central_epochs=0 reference.no_privacy=false"
@@ -46,6 +47,18 @@ WRONG = {
     "a state folder that cannot be one": (["key", "node", "/dev/null/state", "a"], "/dev/null/state cannot be used"),
     "a sum of two": (["run", "digits", "--set", "protect=masked protect.minimum=2"], "greater than or equal to 3"),
     "unknown data set": (["data", "get", "imagenet"], "imagenet"),
+    "blocks that only one by one can be": (
+        ["run", "digits", "--set", f"{BLOCKS} local.fallback=fused fleet.clock=wall fleet.deadline=60"],
+        "set local.fallback=single",
+    ),
+    "passes that no client can share": (
+        ["run", "digits", "--set", f"{BLOCKS} local.fallback=none privacy.unit=none local.steps=50"],
+        "set local.fallback=fused",
+    ),
+    "a precision that acts nowhere": (
+        ["run", "digits", "--set", f"{BLOCKS} local.precision=bf16"],
+        "local.precision=bf16",
+    ),
 }
 
 
