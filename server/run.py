@@ -19,7 +19,7 @@ from scenarios import Scenario, build_model
 from scenarios.numbered import named
 from scenarios.settings import Settings
 from scenarios.weights import Vector, flatten, layout, unflatten
-from server import accounts, budget, combine, engine, evaluation, key_home, pairs, select, signature, step
+from server import accounts, budget, capacity, combine, engine, evaluation, key_home, pairs, select, signature, step
 from server import start as start_of_run
 from server.accounts import Accounts, Exhausted
 from server.gather import Gather, clear, grid
@@ -135,6 +135,8 @@ def prepare(
         roster = fleet.hello()
         enough(roster, settings)
         engine.check(node, roster)
+        if runtime == "embedded":
+            capacity.check(node, roster)
         check_score(node)
         if settings.privacy.by_example:
             dp_sgd.check_apart(node.template, scenario.loss, *node.federation.validation)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from clients import masking
+from clients import masking, memory
 from server import cli
 
 BLOCKS = "local.engine=cohort"
@@ -72,6 +72,19 @@ def test_a_wrong_input_gives_one_line_and_exit_code_2_and_writes_nothing(
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert named in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_more_processes_than_memory_holds_give_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "available", lambda: 30 << 20)
+    code, out, err = umbel(capsys, "run", "digits", "--set", f"{BLOCKS} run.processes=9 local.block=2")
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert "9 processes for blocks of 2 clients take about" in err
+    assert "30 MiB are free here: set run.processes=1" in err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
