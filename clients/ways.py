@@ -30,9 +30,9 @@ class Ways:
     def of(cls, node: Node, model: nn.Module) -> "Ways":
         """model: of the shapes that are trained, as pruning leaves them."""
         obstacle = stack.obstacle(model)
-        if node.settings.local.scaffold:
-            obstacle = "local.scaffold corrects every step of a client by itself"
-        elif not node.apart:
+        if not obstacle and node.settings.local.scaffold:
+            obstacle = "local.scaffold corrects the steps of each client by its own variate"
+        elif not obstacle and not node.apart:
             obstacle = "the loss weighs the examples of a batch against each other"
         return cls(None if obstacle else stack.read(model), obstacle, node.settings.local)
 

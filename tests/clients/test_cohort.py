@@ -20,6 +20,7 @@ from scenarios.weights import Vector, flatten, layout
 
 LOSS = nn.functional.cross_entropy
 SIZES = {"a": 24, "b": 7, "c": 31, "d": 16, "e": 20}
+BF16 = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a processor with bf16")
 
 
 class Recurrent(nn.Module):
@@ -196,6 +197,7 @@ def test_clients_of_a_pass_that_failed_say_so_and_who_failed_says_nothing(tmp_pa
     assert (found["a"].name, found["a"].why) == ("fused", "a client beside it failed")
 
 
+@BF16
 def test_a_reply_says_which_precision_its_client_was_trained_in(tmp_path: Path) -> None:
     for model, precision in (("convolutions", "bf16"), ("relu", "float32")):
         node = made_node(tmp_path / model, model, "local.precision=bf16")
@@ -449,6 +451,7 @@ def test_blocks_of_a_given_size_leave_the_rest_to_the_last() -> None:
     assert [len(block) for block in cohort.cut(tasks, 4)] == [4, 4, 2]
 
 
+@BF16
 def test_bf16_computes_in_bf16_and_keeps_weights_in_float32(tmp_path: Path) -> None:
     exact, rough = (
         made_node(tmp_path, "convolutions", f"{WAYS['epochs']} local.precision={p}") for p in ("float32", "bf16")
