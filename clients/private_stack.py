@@ -58,7 +58,8 @@ def train(
 ) -> list[Tensor]:
     """The update (P,) of each client by its private steps from the weights `start` (P,).
 
-    Their layers act on their own rows, all else on everybody's at once. loss: a plain mean over examples.
+    Their layers act on their own rows, all else on everybody's at once. loss: a plain mean over examples. Momentum sums
+    up what was noised, and costs nothing.
     """
     weights_KP, noise = start.repeat(len(clients), 1), torch.empty_like(start)
     parts = [part for layer in chain.layers for part in layer.of(noise) if part is not None]
@@ -67,31 +68,34 @@ def train(
     for one in clients[:-1]:
         firsts.append(firsts[-1] + len(one.y))
     scales = [pulls.rate / (one.mechanism.sampling_rate * len(one.y)) for one in clients]
+    velocities = torch.zeros_like(weights_KP) if pulls.momentum else None
     live = list[int]()
     for step in range(max(one.steps for one in clients)):
         if (still := [k for k, one in enumerate(clients) if one.steps > step]) != live:
             live, own = still, [weights_KP[k] for k in still]
+            rests = [None if velocities is None else velocities[k] for k in still]
             layers = weights(chain, own)
+            moving = layers if velocities is None else weights(chain, [velocities[k] for k in still])
         drawn = [next(samples[k]) for k in live]
         at = torch.tensor(
             [firsts[k] + i for k, sample in zip(live, drawn, strict=True) for i in sample], dtype=torch.long
         )
         sizes = list(map(len, drawn))
         rows = clipped(chain, layers, x[at], y[at], sizes, loss, clip)
-        if pulls.keep != 1:
-            for flat in own:
-                flat.mul_(pulls.keep).add_(start, alpha=pulls.back)
+        to = [pulls.moved(flat, start, velocity) for flat, velocity in zip(own, rests, strict=True)]
         each = torch.tensor([scales[k] for k in live], dtype=start.dtype)
         mean = torch.repeat_interleave(each, torch.tensor(sizes))[:, None]
-        for (matrices, biases), (back, inputs) in zip(layers, rows, strict=True):
+        for (matrices, biases), (back, inputs) in zip(moving, rows, strict=True):
             moves = torch.split(back * mean, sizes)
             for matrix, move, seen in zip(matrices, moves, torch.split(inputs, sizes), strict=True):
                 matrix.addmm_(move.T, seen, alpha=-1)
             for bias, move in zip(biases or (), moves, strict=False):
                 bias.sub_(move.sum(0))
-        for k, flat in zip(live, own, strict=True):
+        for k, flat, moved in zip(live, own, to, strict=True):
             dp_sgd.draw_noise(parts, clients[k].mechanism, clip, clients[k].generator)
-            flat.sub_(noise, alpha=scales[k])
+            moved.sub_(noise, alpha=scales[k])
+            if moved is not flat:
+                flat.add_(moved)
     return list(weights_KP.sub_(start))
 
 

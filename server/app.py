@@ -98,6 +98,9 @@ class _Log:
     def status(self, text: str) -> None:
         _say(text)
 
+    def note(self, text: str) -> None:
+        _say(text)
+
 
 def _say(text: str) -> None:
     print("umbel: " + " ".join(text.split()), flush=True)

@@ -120,6 +120,9 @@ class Quiet:
     def status(self, text: str) -> None:
         """Says nothing."""
 
+    def note(self, text: str) -> None:
+        """Says nothing."""
+
 
 def show(path: Path, quiet: bool) -> None:
     if quiet or not path.exists():  # the SuperLink of a deployment may be on another machine, and so the run folder

@@ -9,7 +9,7 @@ from clients import upload
 from clients.task import Hello, Reply, Task
 from privacy import cohort_noise
 from scenarios.settings import Settings
-from server import combine
+from server import combine, engine
 from server.state import Row
 
 Read = TypeVar("Read")
@@ -28,6 +28,7 @@ def counted(fleet: _Asked, row: Row, tasks: Sequence[Task]) -> Iterator[Reply]:
     row["bytes_down"] += sum(len(task.protection.request) for task in tasks if task.protection)
     for reply in fleet.ask(tasks):
         row["bytes_up"] += reply.summand.bytes if reply.summand else len(reply.payload)
+        engine.tally(row["engine"]["trained"], reply.way)
         yield reply
 
 
@@ -94,7 +95,8 @@ def reader(settings: Settings) -> Callable[[Task, Reply], combine.Contribution]:
         update = upload.decode(reply.payload, task, settings)
         if task.update_clip and not task.update_noise:  # noised by its client it is long, and may be
             update, _ = cohort_noise.clipped(update, task.update_clip)
-        return combine.Contribution(update, weight(reply.examples, settings), reply.steps, reply.within)
+        steps = combine.plain_steps(reply.steps, settings.local.momentum)
+        return combine.Contribution(update, weight(reply.examples, settings), steps, reply.within)
 
     return read
 

@@ -115,12 +115,20 @@ class LeftOut(Closed):
     times: Count
 
 
+class Trained(Closed):
+    way: str
+    why: str
+    precision: str
+    times: Count
+
+
 class Engine(Closed):
     name: str
     block: Count
     precision: str
     threads: Count
     processes: Count
+    trained: list[Trained]
 
 
 class Fleet(Closed):

@@ -248,6 +248,7 @@ REFUSED = {
     "server.combine=median": "leaves some updates out",
     "server.combine=krum": "leaves some updates out",
     "local.proximal=0.1": "both act against drift",
+    "local.momentum=0.9": "its steps weigh differently",
 }
 
 
