@@ -238,7 +238,7 @@ def _told(context: Context) -> dict[str, Any]:
         "data": str(config.get("data", "")),
         "states": str(_states(context)),
         "run": context.run_id,
-        "device": bool(config.get("client")),
+        "device": bool(str(config.get("client", ""))),
         "peers": str(config.get("peers", "")),
         "keyholder": str(config.get("keyholder", "")),
     }

@@ -29,6 +29,7 @@ _REPLY = {name: kind for name, kind in messages.REPLY.items() if not name.starts
     "summed": bool,
 }
 """bytes: of the client's payload. summed: in its place, the update is in the block's sum."""
+_LINES = 1000
 _SAID = {"reason": str, "deaths": list}
 
 
@@ -103,8 +104,8 @@ def decode_said(record: RecordDict) -> list[str]:
     said = records.fields(RecordDict({FIELDS: record[FIELDS]}), _SAID, {FIELDS})
     if said["reason"]:
         raise ValueError(records.shown(said["reason"]))
-    if not all(type(line) is str for line in said["deaths"]):
-        raise ValueError("deaths are no lines of text")
+    if len(said["deaths"]) > _LINES or not all(type(line) is str for line in said["deaths"]):
+        raise ValueError("deaths are no lines of text, or too many")
     return [records.shown(line) for line in said["deaths"]]
 
 

@@ -77,9 +77,10 @@ class BlockFleet:
 
     def ask(self, tasks: Sequence[Task]) -> Iterator[Reply]:
         """One reply a task, in the tasks' order. A node has one message at a time."""
-        cuts = cohort.cut(tasks, self._settings.local.block)
+        if not tasks:
+            return
+        cuts, arrays = cohort.cut(tasks, self._settings.local.block), messages.encode_arrays(tasks[0])
         waiting, tries, dead = deque(self._parts(cuts)), Counter[int](), False
-        arrays = messages.encode_arrays(tasks[0]) if tasks else None
         sent, done = list[_Sent](), dict[int, list[Reply]]()
         for at in range(len(cuts)):
             while at not in done:
@@ -92,9 +93,9 @@ class BlockFleet:
                     if answer is None and time.monotonic() < one.limit:
                         continue
                     sent.remove(one)
+                    dead = dead or answer in DEATHS
                     if answer in DEATHS and self._again(one.part, tries):
                         waiting.appendleft(one.part)
-                        dead = True
                     else:
                         done |= self._read(one.part, answer)
                 if at not in done:
@@ -103,16 +104,13 @@ class BlockFleet:
 
     def _parts(self, cuts: Sequence[Block]) -> Iterator[_Part]:
         """As many as there are workers, of nearly equal numbers of blocks; more, where an answer would be too large."""
-        if not cuts:
-            return
         largest = 8 * len(cuts[0][0].weights) * (1 if self._weigh else max(map(len, cuts)))
         number = max(min(self._alive, len(cuts)), -(-len(cuts) // max(1, _MOST // max(1, largest))))
         ends = [len(cuts) * i // number for i in range(number + 1)]
         for first, end in pairwise(ends):
             yield _Part(first, cuts[first:end])
 
-    def _send(self, part: _Part, arrays: ArrayRecord | None, busy: Collection[int]) -> _Sent:
-        assert arrays is not None
+    def _send(self, part: _Part, arrays: ArrayRecord, busy: Collection[int]) -> _Sent:
         node = next(node for node in self._nodes if node not in busy)
         seconds = self._settings.fleet.wait * part.clients  # as long as they would have one after another
         message = Message(blocks.encode_tasks(part.blocks, arrays), node, _TYPE, ttl=seconds)
