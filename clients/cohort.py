@@ -4,8 +4,8 @@ A round's tasks are cut into blocks that depend on the number of tasks alone. A 
 whatever process, and its replies carry either every client's own payload or, where the server wants a mean of floats,
 the block's sum: then no single update is encoded, sent or read.
 
-How a client is trained follows from its task, model and data alone: under example-level DP by its rows where the model
-is a stack of linear layers (clients/private_stack.py), else through Opacus, one by one; without DP through Gram
+How a client is trained, clients/ways.py says, and every reply carries it: under example-level DP by its rows where the
+model is a stack of linear layers (clients/private_stack.py), else through Opacus, one by one; without DP through Gram
 matrices where that pays (clients/gram.py), else through one model for all (clients/fused.py).
 
 Legend: P is the number of weights; K clients, R rows, B and T as in clients/gram.py.
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from clients import fused, gram, leaving, placement, private_stack, sgd, stack, training, upload
 from clients.codecs import CodecError
-from clients.task import Reply, Summand, Task
+from clients.task import Reply, Summand, Task, Way
 from clients.training import Admitted, Node
+from clients.ways import Ways, rows
 from privacy import on_device
 from privacy.refused import Refused
 from scenarios.seeds import derive
@@ -56,14 +57,31 @@ def cut(tasks: Sequence[Task], size: int) -> list[Sequence[Task]]:
 def answer(node: Node, tasks: Sequence[Task], weigh: Weigh | None = None) -> list[Reply]:
     """One reply a task, in order. weigh: sum the updates, so weighted; None: each reply carries its own payload."""
     with training.one_thread(), placement.exactly(placement.of(node.settings)):
-        begun = [training.guarded(task, partial(training.admitted, node, task)) for task in tasks]
+        begun = [training.guarded(task, partial(_admitted, node, task)) for task in tasks]
         replies = {one.client: one for one in begun if isinstance(one, Reply)}
         ready = [one for one in begun if isinstance(one, Admitted)]
         summed = None if weigh is None else _Sum(node, weigh)
         for group in _groups(node, ready):
-            replies |= {reply.client: reply for reply in (summed.take(group) if summed else _singly(node, group))}
+            made = summed.take(group) if summed else _singly(node, group)
+            replies |= {one.client: one if one.reason else replace(one, way=group.way) for one in made}
     inorder = [replies[task.client] for task in tasks]
     return inorder if summed is None else summed.carried(inorder)
+
+
+def work(node: Node, tasks: Sequence[Task]) -> list[Reply]:
+    """What a worker makes of a block: at once where it is to train, else one by one; summed where the server sums."""
+    if node.settings.local.engine == "single" or tasks[0].kind != "train":
+        return [training.answer(node, task) for task in tasks]
+    return answer(node, tasks, weigh(node.settings))
+
+
+def weigh(settings: Settings) -> Weigh | None:
+    """What a client of so many examples weighs in a sum of floats; None where the server looks at single updates."""
+    sums = settings.server.combine == "mean" and not settings.server.normalize and not settings.local.scaffold
+    if not sums or settings.codec != "float32" or upload.bits(settings) is not None:
+        return None
+    alike = settings.privacy.by_client or settings.server.weighting == "uniform"
+    return lambda examples: 1.0 if alike else float(examples)
 
 
 def alone(node: Node, task: Task) -> Reply:
@@ -73,10 +91,15 @@ def alone(node: Node, task: Task) -> Reply:
     return answer(node, [task])[0]
 
 
+def _admitted(node: Node, task: Task) -> Admitted:
+    check(node.settings.local)  # a device may lack what the server's machine has
+    return training.admitted(node, task)
+
+
 def check(local: Local) -> None:
     """Raises Refused for a setting of blocks without blocks, and for a precision that this machine lacks."""
     if local.engine == "single":
-        for name, usual in (("block", 0), ("precision", "float32")):
+        for name, usual in (("block", 0), ("precision", "float32"), ("fallback", "single")):
             if (value := getattr(local, name)) != usual:
                 raise Refused(
                     f"local.{name}={value} is for local.engine=cohort: set it too, or leave local.{name}={usual}"
@@ -85,20 +108,22 @@ def check(local: Local) -> None:
         raise Refused("local.precision=bf16 needs a processor with bf16 (AVX-512): this one has float32 alone")
 
 
-def told(settings: Settings, tasks: int) -> dict[str, Any]:
-    """How a round of so many tasks is trained, for its row and the report; processes: on the run's own machine."""
+def told(settings: Settings, tasks: int, alone: bool = False) -> dict[str, Any]:
+    """How a round of so many tasks is trained, for its row and the report; alone: each on a device of its own."""
     local, whole = settings.local, [Task("train", 0, "", np.zeros(0, np.float32), ())] * tasks
     told = {"name": local.engine, "precision": local.precision, "device": placement.name(settings), "threads": 1}
     if local.engine == "single":
-        return told | {"block": 1, "processes": 1}
-    largest = max(map(len, cut(whole, local.block)), default=0)
-    return told | {"block": largest, "processes": placement.processes(settings)}
+        return told | {"block": 1, "processes": 1, "trained": []}
+    largest = max(map(len, cut(whole, 1 if alone else local.block)), default=0)
+    count = 1 if alone else placement.processes(settings)
+    return told | {"block": largest, "processes": count, "trained": []}
 
 
 @dataclass(frozen=True)
 class _Group:
     """Clients of a block that were trained alike."""
 
+    way: Way
     members: Sequence[Admitted]
     updates: Sequence[Callable[[], tuple[Tensor, int]]]
     """What gives (the update (P,), the steps taken) of each; called in order, the next may overwrite it."""
@@ -216,19 +241,23 @@ def _groups(node: Node, ready: Sequence[Admitted]) -> Iterator[_Group]:
     """The clients of a block, those together that can be trained together."""
     if not ready:
         return
-    there, task = placement.of(node.settings), ready[0].task
-    model = placement.moved(training.fitted(node, task), there)
-    (start,) = placement.sent(there, torch.from_numpy(task.weights))  # all tasks of a block have the same
-    chain = stack.read(model) if node.apart and not node.settings.local.scaffold else None
-    private, short, long = list[Admitted](), list[Admitted](), list[Admitted]()
-    for mine in ready:
-        if mine.task.deadline or (mine.task.mechanism and chain is None):
-            yield _Group([mine], [partial(_by_itself, node, mine)])
-        elif mine.task.mechanism:
-            private.append(mine)
-        else:
-            (short if chain and gram.pays(chain, _rows(node, mine)) else long).append(mine)
+    there, first = placement.of(node.settings), ready[0].task
+    model = placement.moved(training.fitted(node, first), there)
+    (start,) = placement.sent(there, torch.from_numpy(first.weights))  # all tasks of a block have the same
     away = not start.is_cpu
+    ways = Ways.of(node, model)
+    chain, private, short, long = ways.chain, list[Admitted](), list[Admitted](), dict[Way, list[Admitted]]()
+    for mine in ready:
+        task = mine.task
+        way = ways.at(len(mine.examples.y), task.steps, task.mechanism is not None, task.deadline > 0)
+        if way.name == "single":
+            yield _Group(way, [mine], [partial(_by_itself, node, mine)])
+        elif way.name == "rows":
+            private.append(mine)
+        elif way.name == "gram":
+            short.append(mine)
+        else:
+            long.setdefault(way, []).append(mine)
     if private:
         assert chain is not None
         yield from _private(node, chain, start, private)
@@ -239,12 +268,14 @@ def _groups(node: Node, ready: Sequence[Admitted]) -> Iterator[_Group]:
         except torch.AcceleratorError:
             raise
         except Exception:  # of one of them, who is told when trained by itself
-            long += part
+            long.setdefault(ways.fused("a client beside it failed"), []).extend(part)
             continue
-        yield _Group(part, [partial(_of, made, k, mine.task.steps) for k, mine in enumerate(part)], made.total, away)
+        updates = [partial(_of, made, k, mine.task.steps) for k, mine in enumerate(part)]
+        yield _Group(Way("gram"), part, updates, made.total, away)
     if long:
-        trainer = fused.Trainer(model, _pulls(node, long[0].task), node.settings.local.precision == "bf16")
-        yield _Group(long, [partial(_by_fused, node, trainer, start, mine) for mine in long], away=away)
+        trainer = fused.Trainer(model, _pulls(node, ready[0].task), node.settings.local.precision == "bf16")
+        for way, part in long.items():
+            yield _Group(way, part, [partial(_by_fused, node, trainer, start, mine) for mine in part], away=away)
 
 
 def _by_itself(node: Node, mine: Admitted) -> tuple[Tensor, int]:
@@ -263,10 +294,11 @@ def _private(node: Node, chain: stack.Stack, start: Tensor, members: Sequence[Ad
         except torch.AcceleratorError:
             raise
         except Exception:  # of one of them, who is told when trained by itself
-            yield _Group(part, [partial(_private_alone, node, chain, start, mine) for mine in part], away=away)
+            alone = [partial(_private_alone, node, chain, start, mine) for mine in part]
+            yield _Group(Way("rows"), part, alone, away=away)
             continue
         taken = [partial(_taken, update, mine.task.steps) for update, mine in zip(made, part, strict=True)]
-        yield _Group(part, taken, away=away)
+        yield _Group(Way("rows"), part, taken, away=away)
 
 
 def _by_rows(node: Node, chain: stack.Stack, start: Tensor, members: Sequence[Admitted]) -> list[Tensor]:
@@ -304,13 +336,13 @@ def _of(made: gram.Trained, k: int, steps: int) -> tuple[Tensor, int]:
 
 
 def _pulls(node: Node, task: Task) -> fused.Pulls:
-    return fused.Pulls.of(task.rate, node.settings.local.proximal, node.settings.local.weight_decay)
+    local = node.settings.local
+    return fused.Pulls.of(task.rate, local.proximal, local.weight_decay, local.momentum)
 
 
 def _rows(node: Node, mine: Admitted) -> int:
     """R: the examples that a client's steps train on, were all batches full."""
-    count = len(mine.examples.y)
-    return mine.task.steps * min(node.settings.local.batch or count, count)
+    return rows(node.settings.local, len(mine.examples.y), mine.task.steps)
 
 
 def _alike(node: Node, members: Sequence[Admitted]) -> Iterator[Sequence[Admitted]]:

@@ -19,20 +19,39 @@ from torch import Tensor, nn
 from clients import placement, stack
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+Along = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Pulls:
-    """How weights move beside the gradient: w <- keep w + back w_0 - rate g."""
+    """How weights move beside the gradient: w <- keep w + back w_0 - rate g.
+
+    With momentum: u <- momentum u - (1 - keep) w + back w_0 - rate g, from 0 in every round, and w <- w + u.
+    """
 
     rate: float
     keep: float = 1.0
     back: float = 0.0
+    momentum: float = 0.0
 
     @classmethod
-    def of(cls, rate: float, proximal: float, weight_decay: float) -> "Pulls":
+    def of(cls, rate: float, proximal: float, weight_decay: float, momentum: float = 0.0) -> "Pulls":
         """Of SGD whose gradient gets proximal (w - w_0) + weight_decay w added."""
-        return cls(rate, 1 - rate * (proximal + weight_decay), rate * proximal)
+        return cls(rate, 1 - rate * (proximal + weight_decay), rate * proximal, momentum)
+
+    def moved(self, w: Tensor, start: Tensor, u: Tensor | None) -> Tensor:
+        """What -rate times the gradient is to be added to, all else being in it: `w`, or of momentum `u`.
+
+        start: w_0. u: None without momentum; with it, it is for the caller to add it to w afterwards.
+        """
+        if u is not None:
+            u.mul_(self.momentum)
+            if self.keep != 1:
+                u.sub_(w, alpha=1 - self.keep)
+        elif self.keep != 1:
+            w.mul_(self.keep)
+        to = w if u is None else u
+        return to.add_(start, alpha=self.back) if self.back else to
 
 
 class Trainer:
@@ -48,6 +67,7 @@ class Trainer:
         self._entries = [entry for entry in state.values() if entry.is_floating_point()]
         self._counters = [(entry, entry.clone()) for entry in state.values() if not entry.is_floating_point()]
         self._starts: list[Tensor] = []
+        self._velocities = [torch.zeros_like(entry) for entry in self._entries] if pulls.momentum else []
         self._corrections: dict[int, Tensor] = {}
         fused = {id(linear): _Fused(linear, self._move, pulls.rate) for linear in stack.linear(model)}
         self._model = _with(model, fused)
@@ -80,6 +100,8 @@ class Trainer:
                 entry.copy_(first)
             for counter, first in self._counters:
                 counter.copy_(first)
+            for velocity in self._velocities:
+                velocity.zero_()
         self._model.train()
         steps = 0
         for batch in batches:
@@ -104,26 +126,26 @@ class Trainer:
 
     def _step(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
+        gradient, parameter.grad = parameter.grad, None
         with torch.no_grad():
-            self._move(parameter).sub_(parameter.grad, alpha=self._pulls.rate)
-        parameter.grad = None
+            self._move(parameter, lambda to: to.sub_(gradient, alpha=self._pulls.rate))
 
-    def _move(self, entry: Tensor) -> Tensor:
-        """`entry`, moved by all but its gradient."""
+    def _move(self, entry: Tensor, along: Along) -> None:
+        """One step of `entry`; `along` adds -rate times its gradient."""
         i = self._places[id(entry)]
-        if self._pulls.keep != 1:
-            entry.mul_(self._pulls.keep)
-        if self._pulls.back:
-            entry.add_(self._starts[i], alpha=self._pulls.back)
+        velocity = self._velocities[i] if self._velocities else None
+        to = self._pulls.moved(entry, self._starts[i], velocity)
         if i in self._corrections:
-            entry.sub_(self._corrections[i], alpha=self._pulls.rate)
-        return entry
+            to.sub_(self._corrections[i], alpha=self._pulls.rate)
+        along(to)
+        if velocity is not None:
+            entry.add_(velocity)
 
 
 class _Fused(nn.Module):
     """A linear layer whose backward pass moves its own weights, which are no parameters of it: none has a gradient."""
 
-    def __init__(self, linear: nn.Linear, move: Callable[[Tensor], Tensor], rate: float) -> None:
+    def __init__(self, linear: nn.Linear, move: Callable[[Tensor, Along], None], rate: float) -> None:
         super().__init__()
         self.kept = (linear.weight, linear.bias)
         self.move, self.rate = move, rate
@@ -150,9 +172,10 @@ class _Linear(torch.autograd.Function):
         (x,), (weight, bias) = ctx.saved_tensors, ctx.layer.kept
         further = back[0] @ weight.to(back[0].dtype) if ctx.needs_input_grad[0] else None
         rows = back[0].reshape(-1, weight.shape[0]).to(weight.dtype)
-        ctx.layer.move(weight).addmm_(rows.T, x.reshape(-1, weight.shape[1]).to(weight.dtype), alpha=-ctx.layer.rate)
+        into, rate = x.reshape(-1, weight.shape[1]).to(weight.dtype), ctx.layer.rate
+        ctx.layer.move(weight, lambda to: to.addmm_(rows.T, into, alpha=-rate))
         if bias is not None:
-            ctx.layer.move(bias).sub_(rows.sum(0), alpha=ctx.layer.rate)
+            ctx.layer.move(bias, lambda to: to.sub_(rows.sum(0), alpha=rate))
         return (None if further is None else further.to(x.dtype)), None, None
 
 

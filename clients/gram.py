@@ -1,14 +1,14 @@
 """Local SGD of a block of clients through a stack of linear layers, without ever forming a client's weights.
 
 Every gradient of a linear layer is a sum of outer products, one an example: of what came back to its outputs and what
-went into it. So the weights of client k before its step t are W_t = a_t W_0 - D^T A, with A (R, inputs) all that went
-into the layer in its steps so far, D (R, outputs) what came back, scaled by the rate (and, with pulls towards the
-round's weights or zero, by what is left of them). Forward and backward passes need only W_0, which all clients of a
-round share, and the products A A^T and D D^T, which are small: few large matrix products instead of many small ones
-that read and write weights. What comes out is the block's sum of weighted updates, one more product a layer, or single
-updates where they are asked for.
+went into it. So the weights of client k before its step t are W_t = a_t W_0 - sum over s < t of c_ts D_s^T A_s, with
+A_s (B, inputs) what went into the layer in step s and D_s (B, outputs) what came back. The numbers a and c follow from
+rate, momentum and pulls alone, and are the same for all clients: `Course`. Forward and backward passes need only W_0,
+which all clients of a round share, and the products A A^T and D D^T, which are small: few large matrix products instead
+of many small ones that read and write weights. What comes out is the block's sum of weighted updates, one more product
+a layer, or single updates where they are asked for.
 
-It pays where a client sees few examples a round: `pays`.
+It pays where a client sees few examples a round: `most`.
 
 Legend: K clients of the block, T steps of the longest, B examples of the largest batch, R = T B rows, P weights.
 """
@@ -16,6 +16,7 @@ Legend: K clients of the block, T steps of the longest, B examples of the larges
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,14 +44,34 @@ _WORTH = 4
 """How many multiplications of small products cost as much as one of those that read and move a client's weights."""
 
 
-def pays(chain: Stack, rows: int) -> bool:
-    """Whether so many examples a client and round cost less this way than through weights of the client's own.
+def most(chain: Stack) -> int:
+    """The most examples a client and round that cost less this way than through weights of the client's own.
 
-    A row meets the rows before it, half of `rows` on average, in both directions; weights would be met, and moved, by
+    A row meets the rows before it, half of them on average, in both directions; weights would be met, and moved, by
     every row: counted in multiplications, of which the many small products of the other way take longer.
     """
-    small = sum(rows / 2 * 2 * (layer.inputs + layer.outputs) for layer in chain.layers)
-    return small <= _WORTH * sum(layer.inputs * layer.outputs for layer in chain.layers)
+    small = sum(layer.inputs + layer.outputs for layer in chain.layers)
+    return _WORTH * sum(layer.inputs * layer.outputs for layer in chain.layers) // small
+
+
+class Course:
+    """Where SGD has got to before each step: W_t = kept[t] W_0 - sum over s < t of weights[t, s] D_s^T A_s."""
+
+    def __init__(self, pulls: Pulls, steps: int) -> None:
+        """The u of `Pulls` is velocity[0] W_0 - sum over s of velocity[1 + s] D_s^T A_s, so both take one recursion."""
+        table, velocity = np.zeros((steps + 1, steps + 1)), np.zeros(steps + 1)
+        table[0, 0] = 1.0
+        for t in range(steps):
+            velocity = pulls.momentum * velocity - (1 - pulls.keep) * table[t]
+            velocity[0] += pulls.back
+            velocity[1 + t] += pulls.rate
+            table[t + 1] = table[t] + velocity
+        self.kept = table[:, 0]
+        """a_t, (T + 1,)."""
+        self.weights = table[:, 1:]
+        """c_ts, (T + 1, T); zero where s >= t."""
+        self.even = pulls.keep == 1 and not pulls.momentum
+        """Whether every c_ts is the rate where it is not zero."""
 
 
 @dataclass(frozen=True)
@@ -66,30 +87,34 @@ class Trained:
     """D of each layer, (K, R, outputs)."""
     kept: Sequence[float]
     """a of each client after its last step."""
+    weights: Tensor
+    """(K, R) c of each client's rows after its last step, whatever of rows that only fill up; on the processor."""
 
     def total(self, weights: Sequence[float]) -> Tensor:
         """(P,) the sum over the clients of `weights` times their updates."""
-        made = torch.zeros_like(self.start)
-        (scale,) = placement.sent(made.device, torch.tensor(weights, dtype=made.dtype))
+        made, scale_KR = torch.zeros_like(self.start), self.weights * self.weights.new_tensor(weights)[:, None]
         made.add_(self.start, alpha=sum(w * (a - 1) for w, a in zip(weights, self.kept, strict=True)))
+        even = float(scale_KR[0, 0]) if bool((scale_KR == scale_KR[0, 0]).all()) else None
+        (scale_KR,) = (scale_KR,) if even is not None else placement.sent(made.device, scale_KR)
         for layer, a, d in zip(self.chain.layers, self.inputs, self.returned, strict=True):
-            weight, bias = layer.of(made)
-            scaled = d if all(w == 1 for w in weights) else d * scale[:, None, None]
-            rows = scaled.reshape(-1, layer.outputs)
-            weight.addmm_(rows.T, a.reshape(-1, layer.inputs), alpha=-1)
-            if bias is not None:
-                bias.sub_(rows.sum(0))
+            rows = (d if even is not None else d * scale_KR[:, :, None]).reshape(-1, layer.outputs)
+            self._add(layer.of(made), rows, a.reshape(-1, layer.inputs), 1.0 if even is None else even)
         return made
 
     def update(self, k: int) -> Tensor:
         """The update (P,) of client `k` of the block."""
         made = self.start * (self.kept[k] - 1)
+        (weights_R,) = placement.sent(made.device, self.weights[k])
         for layer, a, d in zip(self.chain.layers, self.inputs, self.returned, strict=True):
-            weight, bias = layer.of(made)
-            weight.addmm_(d[k].T, a[k], alpha=-1)
-            if bias is not None:
-                bias.sub_(d[k].sum(0))
+            self._add(layer.of(made), d[k] * weights_R[:, None], a[k], 1.0)
         return made
+
+    @staticmethod
+    def _add(to: tuple[Tensor, Tensor | None], rows: Tensor, a: Tensor, scale: float) -> None:
+        weight, bias = to
+        weight.addmm_(rows.T, a, alpha=-scale)
+        if bias is not None:
+            bias.sub_(rows.sum(0), alpha=scale)
 
 
 @torch.no_grad()
@@ -108,24 +133,29 @@ def train(
     returned = [start.new_empty(K, R, layer.outputs) for layer in chain.layers]
     first = _forward(weights[0], x)  # of all steps at once: nothing of x depends on a step
     products = torch.bmm(x, x.transpose(1, 2))
-    paces = _paces(batches, R // B, pulls, start)
+    course = Course(pulls, R // B)
+    alpha = -pulls.rate if course.even else -1.0
+    here = torch.tensor(course.weights, dtype=start.dtype).repeat_interleave(B, 1)  # (T + 1, R)
+    (weighed,) = placement.sent(start.device, here)
     for t in range(R // B):
-        now, before = slice(t * B, (t + 1) * B), slice(0, t * B)
+        now, before, kept = slice(t * B, (t + 1) * B), slice(0, t * B), float(course.kept[t])
 
-        # forward: W_t a = a_t W_0 a - D (A a), and what each function needs to go back
+        # forward: W_t a = a_t W_0 a - D c (A a), and what each function needs to go back
         passed = []
         for i, function in enumerate(chain.functions[1:]):
             if i == 0:
                 outputs, met = first[:, now], products[:, now, before]
             else:
                 outputs, met = _forward(weights[i], inputs[i][:, now]), None
-            if paces.kept is not None:
-                outputs = outputs * paces.kept[t]
+            if kept != 1:
+                outputs = outputs * kept
             if t:
                 met = torch.bmm(inputs[i][:, now], inputs[i][:, before].transpose(1, 2)) if met is None else met
                 if weights[i][1] is not None:
                     met = met + 1
-                outputs = torch.baddbmm(outputs, met, returned[i][:, before], alpha=-1)
+                if not course.even:
+                    met = met * weighed[t, before]
+                outputs = torch.baddbmm(outputs, met, returned[i][:, before], alpha=alpha)
             passed.append(stack.passed(function, outputs.reshape(K * B, -1)))
             if i + 1 < len(chain.layers):
                 inputs[i + 1][:, now] = passed[i][1].view(K, B, -1)
@@ -138,14 +168,17 @@ def train(
             returned[i][:, now] = back
             if i:
                 further = torch.matmul(back, weights[i][0])
-                if paces.kept is not None:
-                    further = further * paces.kept[t]
+                if kept != 1:
+                    further = further * kept
                 if t:
                     met = torch.bmm(back, returned[i][:, before].transpose(1, 2))
-                    further = torch.baddbmm(further, met, inputs[i][:, before], alpha=-1)
+                    if not course.even:
+                        met = met * weighed[t, before]
+                    further = torch.baddbmm(further, met, inputs[i][:, before], alpha=alpha)
                 back = further
-        _move(returned, paces, B, t, pulls.rate)
-    return Trained(chain, start, inputs, returned, paces.last)
+    ends = list(batches.steps)  # who has taken all steps stands still
+    last = here.new_full((K, R), pulls.rate) if course.even else here[ends]
+    return Trained(chain, start, inputs, returned, course.kept[ends].tolist(), last)
 
 
 def _forward(weights: tuple[Tensor, Tensor | None], x: Tensor) -> Tensor:
@@ -159,37 +192,3 @@ def _averaged(back: Tensor, batches: Batches, t: int) -> Tensor:
     live = batches.live_KTB[:, t]
     count = live.sum(1).clamp_min(1)
     return torch.where(live[:, :, None], back / count[:, None, None], 0.0)
-
-
-@dataclass(frozen=True)
-class _Paces:
-    """How each client's weights shrink, which its steps alone decide; known before the first."""
-
-    last: Sequence[float]
-    """a of each client after its last step."""
-    kept: Tensor | None = None
-    """(T, K, 1, 1) a before each step; None: 1 throughout."""
-    keep: Tensor | None = None
-    """(T, K, 1, 1) what each step leaves of the weights; of who has taken all steps 1."""
-
-
-def _paces(batches: Batches, T: int, pulls: Pulls, start: Tensor) -> _Paces:
-    """Worked out here and sent at once, to where `start` is."""
-    if pulls.keep == 1:
-        return _Paces([1.0] * len(batches.steps))
-    a = torch.ones(len(batches.steps), dtype=start.dtype)
-    moves = torch.tensor([[t < steps for steps in batches.steps] for t in range(T)], dtype=start.dtype)
-    keep, kept = 1 + moves * (pulls.keep - 1), list[Tensor]()
-    for t in range(T):
-        kept.append(a.clone())
-        a.mul_(keep[t]).add_(moves[t], alpha=pulls.back)
-    there = placement.sent(start.device, torch.stack(kept)[:, :, None, None], keep[:, :, None, None])
-    return _Paces(a.tolist(), *there)
-
-
-def _move(returned: Sequence[Tensor], paces: _Paces, B: int, t: int, rate: float) -> None:
-    """One step of SGD, on what stands for the weights; who has taken all steps stands still."""
-    for d in returned:
-        if paces.keep is not None:
-            d[:, : t * B].mul_(paces.keep[t])
-        d[:, t * B : (t + 1) * B].mul_(rate)

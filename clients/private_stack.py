@@ -60,7 +60,8 @@ def train(
 ) -> list[Tensor]:
     """The update (P,) of each client by its private steps from the weights `start` (P,).
 
-    Their layers act on their own rows, all else on everybody's at once. loss: a plain mean over examples.
+    Their layers act on their own rows, all else on everybody's at once. loss: a plain mean over examples. Momentum sums
+    up what was noised, and costs nothing.
     """
     for one in clients:
         placement.agree(start, one.x, one.y)
@@ -68,25 +69,28 @@ def train(
     parts = [part for layer in chain.layers for part in layer.of(noise) if part is not None]
     x, y = chain.functions[0](torch.cat([one.x for one in clients])), torch.cat([one.y for one in clients])
     scales = [pulls.rate / (one.mechanism.sampling_rate * len(one.y)) for one in clients]
+    velocities = torch.zeros_like(weights_KP) if pulls.momentum else None
     live = list[int]()
     for step in _sent(_steps(clients, scales, start.dtype), start.device):
         if step.live != live:
             live, own = step.live, [weights_KP[k] for k in step.live]
+            rests = [None if velocities is None else velocities[k] for k in live]
             layers = weights(chain, own)
+            moving = layers if velocities is None else weights(chain, [velocities[k] for k in live])
         sizes = step.sizes
         rows = clipped(chain, layers, x[step.rows], y[step.rows], sizes, loss, clip)
-        if pulls.keep != 1:
-            for flat in own:
-                flat.mul_(pulls.keep).add_(start, alpha=pulls.back)
-        for (matrices, biases), (back, inputs) in zip(layers, rows, strict=True):
+        to = [pulls.moved(flat, start, velocity) for flat, velocity in zip(own, rests, strict=True)]
+        for (matrices, biases), (back, inputs) in zip(moving, rows, strict=True):
             moves = torch.split(back * step.scales, sizes)
             for matrix, move, seen in zip(matrices, moves, torch.split(inputs, sizes), strict=True):
                 matrix.addmm_(move.T, seen, alpha=-1)
             for bias, move in zip(biases or (), moves, strict=False):
                 bias.sub_(move.sum(0))
-        for k, flat in zip(live, own, strict=True):
+        for k, flat, moved in zip(live, own, to, strict=True):
             dp_sgd.draw_noise(parts, clients[k].mechanism, clip, clients[k].generator)
-            flat.sub_(noise, alpha=scales[k])
+            moved.sub_(noise, alpha=scales[k])
+            if moved is not flat:
+                flat.add_(moved)
     return list(weights_KP.sub_(start))
 
 

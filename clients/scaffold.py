@@ -28,7 +28,7 @@ from privacy.refused import Refused
 from scenarios.weights import Vector
 
 
-def change(control: Vector, update: Vector, steps: int, rate: float) -> NDArray[np.float64]:
+def change(control: Vector, update: Vector, steps: float, rate: float) -> NDArray[np.float64]:
     """c_i+ - c_i, (P,), of a client that was sent c = `control` and answered with `update` (P,), decoded."""
     with np.errstate(over="ignore"):  # both halves look at what comes of it
         return -control.astype(np.float64) - update.astype(np.float64) / (steps * rate)
@@ -69,7 +69,7 @@ class Sent(Protocol):
     @property
     def weight(self) -> float: ...
     @property
-    def steps(self) -> int: ...
+    def steps(self) -> float: ...
 
 
 One = TypeVar("One", bound=Sent)

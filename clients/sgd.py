@@ -30,11 +30,14 @@ def train(
 
     With a mechanism every gradient comes clipped and noised from DP-SGD. The proximal term (FedProx, Li et al. 2020,
     eq. 2), weight decay and `correction` (P,) (clients/scaffold.py) are added to the gradient afterwards: they depend
-    on weights and on updates sent before alone, so they cost no privacy and stay exact.
+    on weights and on updates sent before alone, so they cost no privacy and stay exact. Momentum, as in torch.optim.SGD
+    (v <- momentum v + gradient, w <- w - rate v), costs none either: v sums up gradients that were noised before. It is
+    at rest when a round begins, and nothing of it is kept.
     """
     stop = time.monotonic() + task.deadline if task.deadline else float("inf")
     there, seed = examples.x.device, settings.privacy.noise_seed
     start = [parameter.detach().clone() for parameter in model.parameters()] if local.proximal else []
+    velocity = [torch.zeros_like(parameter) for parameter in model.parameters()] if local.momentum else []
     named = {} if correction is None else unflatten(correction, task.layout)
     corrections = placement.sent(there, *(named[name] for name, _ in model.named_parameters() if named))
     private = None
@@ -67,7 +70,8 @@ def train(
                     parameter.grad.add_(parameter, alpha=local.weight_decay)
                 if corrections:
                     parameter.grad.add_(corrections[i])
-                parameter.sub_(parameter.grad, alpha=task.rate)
+                moved = velocity[i].mul_(local.momentum).add_(parameter.grad) if velocity else parameter.grad
+                parameter.sub_(moved, alpha=task.rate)
         steps += 1
         if task.deadline:
             placement.wait(there)

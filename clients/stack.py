@@ -86,18 +86,32 @@ def slopes(loss: Callable[[Tensor, Tensor], Tensor], made: Tensor, y: Tensor) ->
         return torch.autograd.grad(loss(ends, y) * len(y), ends)[0]
 
 
-def read(model: nn.Module) -> Stack | None:
-    """`model` as a stack; None where it is none: then its clients are trained one by one."""
-    modules = list(_chain(model))
-    once = linear(model)
-    if not once or len(once) < sum(type(module) is nn.Linear for module in modules):
-        return None
-    if any(type(module) not in (nn.Linear, *_BETWEEN) or hooked(module) for module in modules):
-        return None
-    if any(module.start_dim != 1 for module in modules if isinstance(module, nn.Flatten)):
-        return None
+def obstacle(model: nn.Module) -> str:
+    """What keeps `model` from being a stack, in words; empty where it is one."""
+    modules, names = list(_chain(model)), {id(module): name for name, module in model.named_modules()}
+    for module in modules:
+        which = f"layer {names[id(module)]!r} ({type(module).__name__})"
+        if type(module) not in (nn.Linear, *_BETWEEN):
+            what = "is no linear layer and no function without weights"
+            return f"{which} {what}" if names[id(module)] else f"a {type(module).__name__} is no chain of layers"
+        if hooked(module):
+            return f"{which} has a hook"
+        if isinstance(module, nn.Flatten) and module.start_dim != 1:
+            return f"{which} takes examples apart"
     if not all(parameter.requires_grad for parameter in model.parameters()):
+        return "some of the model's weights are frozen"
+    if not any(type(module) is nn.Linear for module in modules):
+        return "the model has no linear layer"
+    if len(linear(model)) < sum(type(module) is nn.Linear for module in modules):
+        return "a linear layer of the model is used twice"
+    return ""
+
+
+def read(model: nn.Module) -> Stack | None:
+    """`model` as a stack; None where it is none."""
+    if obstacle(model):
         return None
+    modules = list(_chain(model))
     places, size = {}, 0
     for name, shape in layout(model):
         places[name] = size

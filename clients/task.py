@@ -162,6 +162,16 @@ class Summand:
 
 
 @dataclass(frozen=True)
+class Way:
+    """How a block trained a client (clients/ways.py). A device does not say it."""
+
+    name: Literal["gram", "rows", "fused", "single"]
+    why: str = ""
+    """Why not as the one before it, in words that quote no data; empty for gram and rows."""
+    precision: str = "float32"
+
+
+@dataclass(frozen=True)
 class Reply:
     """What one client made of its task; with a reason it made nothing of it."""
 
@@ -188,3 +198,5 @@ class Reply:
     """train: of the device's own ledger, with this task's reservation in it."""
     summand: Summand | None = None
     """train: instead of a payload, where blocks of clients are trained at once."""
+    way: Way | None = None
+    """train: how, where blocks of clients are."""

@@ -26,7 +26,9 @@ class Run(Section):
     out: str = Field("", description="run folder; empty: runs/SCENARIO-TIME")
     state: str = Field("", description="folder of the privacy ledgers; empty: UMBEL_STATE, else the platform's own")
     resume: bool = Field(False, description="go on with the run in run.out instead of starting one")
-    processes: int = Field(0, ge=0, description="local.engine=cohort: processes that train blocks; 0: one a core")
+    processes: int = Field(
+        0, ge=0, description="local.engine=cohort: processes that train blocks (on Ray: workers); 0: one a core"
+    )
 
 
 class Rounds(Section):
@@ -46,12 +48,20 @@ class Local(Section):
     batch: int = Field(32, ge=0, description="examples a local step (expected, under DP); 0: all of a client's data")
     rate: float = Field(0.1, gt=0, description="learning rate of local SGD")
     decay: float = Field(0.0, ge=0, lt=1, description="share of local.rate that is lost, linearly, by the last round")
+    momentum: float = Field(
+        0.0, ge=0, lt=1, description="momentum of local SGD, from rest in every round (acts after DP noise)"
+    )
     proximal: float = Field(0.0, ge=0, description="FedProx: pull towards the round's weights (acts after DP noise)")
     weight_decay: float = Field(0.0, ge=0, description="pull towards zero, L2 (acts after DP noise)")
     scaffold: bool = Field(False, description="SCAFFOLD: correct every step by control variates (acts after DP noise)")
     engine: Literal["single", "cohort"] = Field(
         "single",
         description="single: clients one by one, the same bits on every runtime; cohort: blocks of them at once",
+    )
+    fallback: Literal["single", "fused", "none"] = Field(
+        "single",
+        description="cohort: how far clients may fall back that share no pass; fused: one after another by one model; "
+        "single: one by one; none: not at all. What is further is refused before round 1",
     )
     block: int = Field(0, ge=0, description="cohort: clients of a block; 0: at most 25, in blocks of even number")
     device: Literal["cpu", "cuda"] = Field(

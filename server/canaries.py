@@ -19,8 +19,9 @@ PUSH = 20.0
 """How many clipping norms a canary would like to move its coordinate: a clip ten times too wide must show."""
 POST = (
     "server.step=sgd server.rate= server.beta1= server.beta2= server.tau= server.combine=mean server.normalize=false "
-    "server.weighting=uniform rounds.average=1 rounds.minimum=0 local.proximal=0 local.weight_decay=0 "
-    "local.scaffold=false fleet.profile=equal fleet.clock=wall fleet.deadline=0 protect.max_clients=1000000"
+    "server.weighting=uniform rounds.average=1 rounds.minimum=0 local.momentum=0 local.proximal=0 "
+    "local.weight_decay=0 local.scaffold=false fleet.profile=equal fleet.clock=wall fleet.deadline=0 "
+    "protect.max_clients=1000000"
 )
 """What is done with an update after its noise cannot add to epsilon, nor can devices: both are left out.
 

@@ -30,8 +30,8 @@ class Contribution:
     """(P,) float32, new weights minus old."""
     weight: float
     """What it weighs in the mean, above 0. The other combiners give every client one vote: a liar names any weight."""
-    steps: int
-    """Local steps taken, at least 1."""
+    steps: float
+    """Local steps taken, at least 1; with momentum as many as `plain_steps` says."""
     within: bool = True
     """Client-level DP: whether it was within the clipping norm before it was clipped."""
 
@@ -54,9 +54,9 @@ Raises ValueError when the updates differ in length.
 def mean(contributions: Iterable[Contribution], server: Server) -> Vector | None:
     """The weighted mean, as a running sum: one pass, O(P) memory (FedAvg, McMahan et al. 2017, Algorithm 1).
 
-    With server.normalize, FedNova (Wang et al. 2020, section 4, for plain local SGD, a_i = (1, ..., 1)): with tau_i the
-    steps of client i and p_i its share of the weights, tau_eff * sum_i p_i update_i / tau_i, tau_eff = sum_i p_i tau_i.
-    Equal steps give the weighted mean.
+    With server.normalize, FedNova (Wang et al. 2020, section 4, for local SGD): with tau_i the steps of client i (the
+    length of its a_i, see `plain_steps`) and p_i its share of the weights, tau_eff * sum_i p_i update_i / tau_i,
+    tau_eff = sum_i p_i tau_i. Equal steps give the weighted mean.
     """
     total, weight, steps = None, 0.0, 0.0
     for one in contributions:
@@ -73,6 +73,14 @@ def mean(contributions: Iterable[Contribution], server: Server) -> Vector | None
     if total is None:
         return None
     return _float32(total * (steps / weight / weight) if server.normalize else total / weight)
+
+
+def plain_steps(steps: int, momentum: float) -> float:
+    """What `steps` of SGD with momentum weigh their gradients with, summed: as many steps without it go as far.
+
+    ||a_i||_1 of FedNova, a_i = (1 - m^tau, ..., 1 - m) / (1 - m).
+    """
+    return (steps - momentum * (1 - momentum**steps) / (1 - momentum)) / (1 - momentum)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from privacy.plan import History, Plan
 from privacy.promise import promise, summed
 from scenarios.settings import Settings, knobs
 from scenarios.weights import flatten
-from server import exposure, gather, select
+from server import engine, exposure, gather, select
 from server.accounts import Accounts, Cost
 from server.state import Row, Score, ServerState, Spent
 
@@ -71,7 +71,8 @@ def collect(
             "left_out": _left_out(rows),
             "unevaluated": _unevaluated(rows, final),
             "runtime": runtime,
-            "engine": cohort.told(settings, select.cohort_size(len(roster), settings)),
+            "engine": cohort.told(settings, select.cohort_size(len(roster), settings), alone=runtime == "deployment")
+            | {"trained": engine.summed(rows)},
         },
         "edge": dict(shipped),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},

@@ -77,6 +77,10 @@ class Live:
         if not self._live:
             self._plain(self._status)
 
+    def note(self, text: str) -> None:
+        """One line that stays, above the table."""
+        self._plain(units.printable(text))
+
     def _plain(self, line: str) -> None:
         self._console.print(Text(line), soft_wrap=True)
 
@@ -121,6 +125,8 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         for key, word in (("rejected", "rejected"), ("late", "late"), ("skipped", "out"))
         if row[key]
     ]
+    alone = sum(one["clients"] for one in row.get("engine", {}).get("trained", ()) if one["way"] == "single")
+    notes += [f"{alone} one by one"] if alone else []
     notes += [] if row["applied"] else ["not applied"]
     notes += ["recovery"] if row["phase"] == "recover" else []
     clock = row["simulated_seconds"]

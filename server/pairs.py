@@ -96,6 +96,11 @@ def _scaffold(settings: Settings) -> None:
             f"local.scaffold keeps the mean of all control variates, and server.combine={combine} leaves some updates "
             "out: set local.scaffold=false or server.combine=mean"
         )
+    if settings.local.momentum:
+        raise Refused(
+            "local.scaffold divides an update by its steps to get the mean gradient, and with local.momentum its steps "
+            "weigh differently: set one of them to 0 (false)"
+        )
     if settings.local.proximal:
         raise Refused(
             "local.scaffold and local.proximal both act against drift, and control variates would take the pull for "

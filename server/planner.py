@@ -6,16 +6,18 @@ of its own, so a run with the settings of an answer gets the same plans.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from clients.device import draw
 from clients.task import Device, Hello
+from clients.training import Node
 from privacy import certificate
 from privacy.plan import Plan
 from privacy.refused import Refused
 from scenarios import Scenario
 from scenarios.settings import Settings, override
-from server import accounts, budget, purses, reach, select, units
+from server import accounts, budget, engine, purses, reach, select, units
 from server import run as job
 from server.purses import Held, Purse
 
@@ -77,6 +79,8 @@ def answer(scenario: Scenario, settings: Settings, open_epsilon: bool = False, o
     job.check(scenario, settings)
     fleet = roster(scenario, settings)
     job.enough(fleet, settings)
+    if settings.local.engine == "cohort":
+        engine.check(Node(scenario, settings, scenario.data(settings), Path()), fleet)
     try:
         plans = budget.plans(fleet, settings)
     except Refused:

@@ -19,7 +19,7 @@ from scenarios import Scenario, build_model
 from scenarios.numbered import named
 from scenarios.settings import Settings
 from scenarios.weights import Vector, flatten, layout, unflatten
-from server import accounts, budget, combine, evaluation, key_home, pairs, select, signature, step
+from server import accounts, budget, capacity, combine, engine, evaluation, key_home, pairs, select, signature, step
 from server import start as start_of_run
 from server.accounts import Accounts, Exhausted
 from server.gather import Gather, clear, grid
@@ -41,6 +41,9 @@ class Progress(Protocol):
 
     def status(self, text: str) -> None:
         """What the run does now, between rounds."""
+
+    def note(self, text: str) -> None:
+        """What is to be known of the run, and stays to be seen."""
 
 
 class Stopped(Exception):
@@ -74,6 +77,8 @@ def run(job: Job) -> dict[str, Any]:
     state = job.committed or first_state(job.node.template, job.node.settings)
     state = _with_lost_rounds(job, state)
     if state.phase == "train":
+        if line := engine.said(job.node, job.roster):
+            job.progress.note(line)
         state = _federate(job, state)
     _save_weights(job, state)
     compared = job.folder.read_json("references.json")
@@ -130,6 +135,9 @@ def prepare(
         before = accounts.heads_before(scenario, settings, runtime, start)
         roster = fleet.hello()
         enough(roster, settings)
+        engine.check(node, roster)
+        if runtime == "embedded":
+            capacity.check(node, roster)
         check_score(node)
         if settings.privacy.by_example:
             dp_sgd.check_apart(node.template, scenario.loss, *node.federation.validation)
@@ -246,7 +254,8 @@ def _federate(job: Job, state: ServerState) -> ServerState:
         return NOTHING if state.round % settings.evaluation.every else job.score(state)
 
     try:
-        ran = rounds(job.fleet, job.roster, job.plans, state, settings, job.accounts, score, job.gathered)
+        alone = job.runtime == "deployment"
+        ran = rounds(job.fleet, job.roster, job.plans, state, settings, job.accounts, score, job.gathered, alone)
         for state, row in ran:
             job.progress.row(row)
             if job.stop():

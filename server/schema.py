@@ -115,6 +115,13 @@ class LeftOut(Closed):
     times: Count
 
 
+class Trained(Closed):
+    way: str
+    why: str
+    precision: str
+    times: Count
+
+
 class Engine(Closed):
     name: str
     block: Count
@@ -122,6 +129,7 @@ class Engine(Closed):
     device: str
     threads: Count
     processes: Count
+    trained: list[Trained]
 
 
 class Fleet(Closed):

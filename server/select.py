@@ -143,7 +143,8 @@ def cohort(
         gradients = batch if by_example else 0  # one an example
         variates = 2 if settings.local.scaffold else 0  # the server's, and its difference to the client's
         weights = traffic[0] // 2 if variates else traffic[0]
-        memory = weights * (4 + variates + gradients)  # weights, gradient, update, start
+        velocity = 1 if settings.local.momentum else 0
+        memory = weights * (4 + variates + velocity + gradients)  # weights, gradient, update, start
         if simulated and device.availability < 1:
             online = np.random.default_rng(derive(settings.run.seed, "online", number, name))
             if online.random() >= device.availability:

@@ -52,7 +52,7 @@ SCENARIO = replace(digits, data=data)
 '''
 EVENTS = (
     "rounds.number=2 rounds.average=1 export.recover_rounds=1 reference.central_epochs=0 reference.no_privacy=false "
-    "fleet.clients=8 fleet.profile=edge fleet.deadline=0.5 evaluation.on=clients"
+    "fleet.clients=8 fleet.profile=edge fleet.deadline=0.5 evaluation.on=clients local.engine=cohort run.processes=1"
 )
 
 
@@ -102,7 +102,7 @@ def test_every_key_of_a_report_is_documented_and_every_documented_key_is_there(e
 def test_every_key_of_a_round_is_documented_and_every_documented_key_is_there(eventful: Path) -> None:
     rows = [json.loads(line) for line in (eventful / "rounds.jsonl").read_text().splitlines()]
     assert len(rows) == 3
-    lists = {"rejected", "skipped", "unevaluated"}  # with entries or without
+    lists = {"rejected", "skipped", "unevaluated", "engine.trained"}  # with entries or without
     assert {path for row in rows for path in paths(row)} | lists == documented("rounds.jsonl")
 
 

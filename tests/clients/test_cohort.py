@@ -21,6 +21,7 @@ from scenarios.weights import Vector, flatten, layout
 
 LOSS = nn.functional.cross_entropy
 SIZES = {"a": 24, "b": 7, "c": 31, "d": 16, "e": 20}
+BF16 = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="needs a processor with bf16")
 
 
 class Recurrent(nn.Module):
@@ -95,6 +96,8 @@ WAYS = {
     "proximal": "local.batch=8 local.epochs=2 local.proximal=0.5",
     "weight decay": "local.batch=8 local.epochs=2 local.weight_decay=0.3",
     "both pulls": "local.batch=8 local.epochs=2 local.proximal=0.4 local.weight_decay=0.3",
+    "momentum": "local.batch=8 local.epochs=2 local.momentum=0.9",
+    "momentum and pulls": "local.batch=8 local.epochs=2 local.momentum=0.9 local.proximal=0.4 local.weight_decay=0.3",
 }
 """Clients of different sizes take different steps, in batches that differ, in all of them but one."""
 
@@ -140,6 +143,75 @@ def test_a_block_gives_every_client_the_update_that_it_has_by_itself(tmp_path: P
     replies = cohort.answer(node, tasks)
     assert apart(decoded(replies), decoded([answer(node, task) for task in tasks])) < 2e-5
     assert [(r.client, r.steps, r.examples) for r in replies] == [(t.client, t.steps, SIZES[t.client]) for t in tasks]
+
+
+def ways(replies: Sequence[Reply]) -> dict[str, str]:
+    return {reply.client: "" if reply.way is None else reply.way.name for reply in replies}
+
+
+SMALL, MANY = dict.fromkeys(SIZES, "gram"), dict.fromkeys(SIZES, "fused")
+TRAINED = {
+    "relu": ("local.batch=8", {}, SMALL, ""),
+    "linear": ("local.batch=0 local.steps=1", {"deadline": 60.0}, dict.fromkeys(SIZES, "single"), "wall clock"),
+    "functions": ("local.scaffold=true", {}, MANY, "local.scaffold"),
+    "nested without bias": ("local.batch=0 local.steps=4", {}, MANY | {"b": "gram"}, "more than 63 ex"),
+    "convolutions": ("", {}, MANY, "layer '0' (Conv2d)"),
+    "batch norm": ("", {}, MANY, "layer '2' (BatchNorm1d)"),
+    "branching": ("", {}, MANY, "a Branching is no chain"),
+    "reused": ("", {}, MANY, "used twice"),
+    "frozen": ("", {}, MANY, "frozen"),
+}
+"""By model: settings, what is in the tasks, how each client is trained, and what is said of those who share no pass."""
+
+
+@pytest.mark.parametrize("model", TRAINED)
+@pytest.mark.parametrize("weigh", [None, float])
+def test_a_reply_says_how_its_client_was_trained_and_why(
+    tmp_path: Path, model: str, weigh: Callable[[int], float] | None
+) -> None:
+    text, changes, expected, why = TRAINED[model]
+    node = made_node(tmp_path, model, text)
+    control = np.zeros(len(flatten(node.template)), np.float32) if node.settings.local.scaffold else None
+    replies = cohort.answer(node, made_tasks(node, control=control, **changes), weigh)
+    assert ways(replies) == expected
+    assert {reply.way.why for reply in replies if reply.way and reply.way.name != "gram"} != {""}
+    assert all(why in reply.way.why for reply in replies if reply.way and reply.way.name != "gram")
+
+
+@pytest.mark.parametrize(("model", "way"), [("relu", "rows"), ("convolutions", "single")])
+def test_a_reply_under_dp_says_how_its_client_was_trained(tmp_path: Path, model: str, way: str) -> None:
+    node = made_node(tmp_path, model, "local.batch=0 privacy.unit=example privacy.clip=0.5")
+    replies = cohort.answer(node, made_tasks(node, mechanism=Mechanism(1.0, 1.0), clip=0.5, steps=1))
+    assert ways(replies) == dict.fromkeys(SIZES, way)
+
+
+def test_clients_of_a_pass_that_failed_say_so_and_who_failed_says_nothing(tmp_path: Path) -> None:
+    def data(name: str) -> Examples:
+        x, y = examples(name)
+        return Examples(x, y + 9 if name == "c" else y)
+
+    node = made_node(tmp_path, "relu", "local.batch=0 local.steps=1")
+    broken = replace(node, federation=replace(node.federation, client=data))
+    found = {reply.client: reply.way for reply in cohort.answer(broken, made_tasks(node), float)}
+    assert found["c"] is None
+    assert found["a"] is not None
+    assert (found["a"].name, found["a"].why) == ("fused", "a client beside it failed")
+
+
+@BF16
+def test_a_reply_says_which_precision_its_client_was_trained_in(tmp_path: Path) -> None:
+    for model, precision in (("convolutions", "bf16"), ("relu", "float32")):
+        node = made_node(tmp_path / model, model, "local.precision=bf16")
+        replies = cohort.answer(node, made_tasks(node))
+        assert {reply.way.precision for reply in replies if reply.way} == {precision}
+
+
+def test_a_device_without_bf16_trains_in_no_other_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = made_node(tmp_path, "convolutions", "local.precision=bf16")
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert {reply.reason for reply in cohort.answer(node, made_tasks(node))} == {
+        "local.precision=bf16 needs a processor with bf16 (AVX-512): this one has float32 alone"
+    }
 
 
 @pytest.mark.parametrize("model", ["relu", "convolutions", "recurrent"])
@@ -225,11 +297,13 @@ def test_a_loss_that_weighs_examples_against_each_other_is_not_taken_apart(tmp_p
     assert apart(decoded(cohort.answer(node, tasks)), decoded([answer(node, task) for task in tasks])) < 2e-5
 
 
+@pytest.mark.parametrize("pulls", ["", "local.momentum=0.9", "local.momentum=0.9 local.proximal=0.4"])
 @pytest.mark.parametrize("model", ["relu", "nested without bias", "convolutions"])
 def test_under_example_level_dp_a_block_draws_the_same_samples_and_noise_and_clips_alike(
-    tmp_path: Path, model: str
+    tmp_path: Path, model: str, pulls: str
 ) -> None:
-    node = made_node(tmp_path, model, "local.batch=8 privacy.unit=example privacy.clip=0.5 privacy.noise_seed=3")
+    text = f"local.batch=8 privacy.unit=example privacy.clip=0.5 privacy.noise_seed=3 {pulls}"
+    node = made_node(tmp_path, model, text)
     tasks = [
         replace(
             task,
@@ -315,11 +389,12 @@ def one_by_one(model: nn.Module, text: str, start: Tensor, data: Examples, name:
     return nn.utils.parameters_to_vector(twin.parameters()).detach() - start
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("kernel", ["gram", "fused"])
-def test_in_float64_a_whole_run_differs_by_less_than_a_billionth(kernel: str) -> None:
-    text = "local.batch=5 local.proximal=0.3 local.weight_decay=0.1"
+def test_in_float64_a_whole_run_differs_by_less_than_a_billionth(kernel: str, momentum: float) -> None:
+    text = f"local.batch=5 local.proximal=0.3 local.weight_decay=0.1 local.momentum={momentum}"
     settings, model = override(Settings(), text), MODELS["relu"]()
-    chain, pulls = stack.read(model), fused.Pulls.of(0.1, 0.3, 0.1)
+    chain, pulls = stack.read(model), fused.Pulls.of(0.1, 0.3, 0.1, momentum)
     assert chain is not None
     data = {name: Examples(examples(name).x.double(), examples(name).y) for name in ("a", "c", "d", "e")}
     weights = nn.utils.parameters_to_vector(model.parameters()).detach().double()
@@ -383,6 +458,7 @@ def test_blocks_of_a_given_size_leave_the_rest_to_the_last() -> None:
     assert [len(block) for block in cohort.cut(tasks, 4)] == [4, 4, 2]
 
 
+@BF16
 def test_bf16_computes_in_bf16_and_keeps_weights_in_float32(tmp_path: Path) -> None:
     exact, rough = (
         made_node(tmp_path, "convolutions", f"{WAYS['epochs']} local.precision={p}") for p in ("float32", "bf16")

@@ -1,5 +1,6 @@
 """Local training against a plain loop: same weights, same steps, same answers on every path."""
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -103,6 +104,22 @@ def test_weight_decay_acts_under_dp_as_it_does_without() -> None:
     free, held = drift(None, 0.0), drift(None, 0.0, 1.0)
     assert held < 0.6 * free
     assert drift(Mechanism(1.0, 0.0), 0.0, 1.0) == pytest.approx(held, rel=0.05)
+
+
+@pytest.mark.parametrize("mechanism", [None, Mechanism(1.0, 0.0)])
+def test_momentum_is_that_of_torchs_own_sgd_with_and_without_dp(mechanism: Mechanism | None) -> None:
+    settings = override(Settings(), "local.momentum=0.9 local.weight_decay=0.2 local.batch=0 privacy.noise_seed=1")
+    model, data = nn.Linear(6, 3), made_examples(40)
+    twin = copy.deepcopy(model)
+    task = Task("train", 1, "a", flatten(model), layout(model), rate=0.05, steps=20, mechanism=mechanism, clip=1e6)
+    train(model, data, LOSS, task, settings.local, settings)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.05, momentum=0.9, weight_decay=0.2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        LOSS(twin(data.x), data.y).backward()
+        optimizer.step()
+    assert np.allclose(flatten(model), flatten(twin), rtol=1e-4, atol=1e-5)
+    assert not np.allclose(flatten(model), task.weights, atol=0.05)
 
 
 def test_seeded_noise_is_the_same_again_and_real_noise_never_is(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from clients import masking
+from clients import masking, memory
 from server import cli
 
+BLOCKS = "local.engine=cohort"
 QUICK = (
     "rounds.number=1 rounds.average=1 export.recover_rounds=0 export.prune=0 "
     "reference.central_epochs=0 reference.no_privacy=false"
@@ -47,6 +48,18 @@ WRONG = {
     "a GPU in two processes": (["run", "digits", "--set", "local.device=cuda run.processes=2"], "set local.device=cpu"),
     "a sum of two": (["run", "digits", "--set", "protect=masked protect.minimum=2"], "greater than or equal to 3"),
     "unknown data set": (["data", "get", "imagenet"], "imagenet"),
+    "blocks that only one by one can be": (
+        ["run", "digits", "--set", f"{BLOCKS} local.fallback=fused fleet.clock=wall fleet.deadline=60"],
+        "set local.fallback=single",
+    ),
+    "passes that no client can share": (
+        ["run", "digits", "--set", f"{BLOCKS} local.fallback=none privacy.unit=none local.steps=50"],
+        "set local.fallback=fused",
+    ),
+    "a precision that acts nowhere": (
+        ["run", "digits", "--set", f"{BLOCKS} local.precision=bf16"],
+        "local.precision=bf16",
+    ),
 }
 
 
@@ -60,6 +73,19 @@ def test_a_wrong_input_gives_one_line_and_exit_code_2_and_writes_nothing(
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert named in err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_more_processes_than_memory_holds_give_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory, "available", lambda: 30 << 20)
+    code, out, err = umbel(capsys, "run", "digits", "--set", f"{BLOCKS} run.processes=9 local.block=2")
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert "9 processes for blocks of 2 clients take about" in err
+    assert "30 MiB are free here: set run.processes=1" in err
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

@@ -75,6 +75,25 @@ def test_status_is_shown_until_the_next_round(run):
         assert "training" not in screen(live, 100)
 
 
+@pytest.mark.parametrize("tty", [True, False])
+def test_a_note_is_said_once_and_stays(run, tty):
+    _, _, rows = run
+    at = terminal(100) if tty else Console(file=io.StringIO(), width=100, highlight=False)
+    with Live(38, "digits", at) as live:
+        live.note("cohort: 3 of 20 clients are trained one by one: why")
+        live.row(rows[0])
+        live.row(rows[1])
+    assert plain(at).count("3 of 20 clients are trained one by one: why") == 1
+
+
+def test_the_live_table_notes_who_was_trained_one_by_one(run):
+    _, _, rows = run
+    single = {"way": "single", "why": "why", "precision": "float32", "clients": 3}
+    with Live(38, "digits", terminal(130)) as live:
+        live.row(rows[0] | {"engine": {"trained": [single, single | {"way": "fused"}]}})
+        assert "3 one by one" in screen(live, 130)
+
+
 def test_where_stderr_is_no_terminal_each_round_is_one_plain_line(run):
     _, _, rows = run
     file = io.StringIO()

@@ -159,6 +159,7 @@ def test_without_a_unit_or_with_settings_that_no_run_takes_it_refuses_as_a_run_d
         ("privacy.unit=client rounds.fraction=0.3", "rounds.minimum"),
         ("rounds.minimum=9", "rounds.minimum"),
         ("server.step=none", "step"),
+        ("local.engine=cohort local.precision=bf16", "local.precision=bf16"),
     ):
         with pytest.raises(Refused, match=reason):
             planner.answer(*made(text))

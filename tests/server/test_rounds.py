@@ -15,7 +15,7 @@ from privacy import accounting
 from privacy.plan import Plan
 from scenarios import Examples, Federation, Scenario
 from scenarios.settings import Settings, override
-from server import budget
+from server import budget, combine
 from server.embedded import EmbeddedFleet
 from server.references import NoJournal
 from server.rounds import Fleet, rate, rounds
@@ -273,6 +273,15 @@ def test_fednova_gives_a_slow_client_its_full_say(tmp_path: Path) -> None:
     same = federate(tmp_path, text + " server.normalize=true")[0].weights
     assert not np.allclose(plain, nova)
     assert np.allclose(same, federate(tmp_path, text)[0].weights, atol=1e-6)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_fednova_counts_steps_with_momentum_by_how_far_they_carry_a_constant_gradient(momentum: float) -> None:
+    far, velocity = 0.0, 0.0
+    for steps in range(1, 30):
+        velocity = momentum * velocity + 1
+        far += velocity
+        assert combine.plain_steps(steps, momentum) == pytest.approx(far)
 
 
 def test_a_fleet_is_the_protocol_and_nothing_more(tmp_path: Path) -> None:

@@ -77,6 +77,28 @@ def test_clients_that_evaluate_give_the_weighted_and_the_worst_accuracy(tmp_path
     assert found["reference"]["central_reason"] == "the server has no test set"
 
 
+class Noted(Quiet):
+    """A progress that remembers what was to stay."""
+
+    def __init__(self) -> None:
+        self.notes = list[str]()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def test_who_shares_no_pass_is_noted_once_and_counted_in_the_report(tmp_path: Path) -> None:
+    scenario, noted = made_scenario(federation_of()), Noted()
+    text = "local.engine=cohort privacy.unit=none privacy.epsilon=8 export.prune=0 fleet.clock=wall fleet.deadline=600"
+    settings = override(scenario.settings, text)
+    with RunFolder.create(tmp_path / "run", "made", settings) as folder:
+        found = job.run(job.prepare(scenario, settings, folder, EmbeddedFleet, noted))
+    why = "a deadline on the wall clock"
+    assert noted.notes == [f"cohort: 2 of 2 clients are trained one by one: {why}"]
+    single = {"way": "single", "why": why, "precision": "float32", "times": 2 * 3}
+    assert found["fleet"]["engine"]["trained"] == [single]
+
+
 def test_a_server_without_test_data_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="set evaluation"):
         run(tmp_path / "run", made_scenario(federation_of(test=False)))
