@@ -58,6 +58,7 @@ WAYS = {
     "few rows": "local.batch=8 local.epochs=2",
     "many rows": "local.batch=8 local.epochs=5",
     "both pulls": "local.batch=8 local.epochs=2 local.proximal=0.4 local.weight_decay=0.3",
+    "momentum": "local.batch=8 local.epochs=2 local.momentum=0.9",
     "scaffold": "local.batch=8 local.scaffold=true",
 }
 
@@ -119,7 +120,7 @@ def test_a_device_gives_every_client_the_processors_update_and_is_waited_for_onc
 ) -> None:
     node = made_node(tmp_path, model, WAYS[way])
     assert node.apart
-    if model == "chain" and way in ("few rows", "both pulls"):
+    if model == "chain" and way in ("few rows", "both pulls", "momentum"):
         monkeypatch.setattr(fused, "Trainer", None)  # where a failure of Gram matrices would go unnoticed
     there, here = trained(away, monkeypatch, node, made_tasks(node))
     assert off(payloads(there), payloads(here)) < 1e-6
