@@ -128,7 +128,7 @@ def cohort(
         if not able(roster, plans, spent, settings).all():
             chosen.reason = "budget: epsilon does not allow another round"
             return chosen
-        whole_round = {name: round_steps(settings, roster[name].examples) if by_example else 1 for name in plans}
+        whole_round = _whole_rounds(roster, settings, plans)
     drawn = _drawn(names, settings, number)
     chosen.drawn = len(drawn)
     simulated = fleet.clock == "simulated"
@@ -171,6 +171,16 @@ def cohort(
     asked = dict.fromkeys(chosen.steps, 1) if plans and not by_example else chosen.steps
     chosen.paid = whole_round if by_client else asked
     return chosen
+
+
+def _whole_rounds(roster: Mapping[str, Hello], settings: Settings, plans: Mapping[str, Plan]) -> dict[str, int]:
+    """Steps that a whole round costs every client with a plan."""
+    if not settings.privacy.by_example:
+        return dict.fromkeys(plans, 1)
+    kinds, back = np.unique(examples(roster), return_inverse=True)
+    cost = [round_steps(settings, size) if size else 0 for size in kinds.tolist()]
+    names = named(roster)
+    return {name: cost[back[names.place(name)]] for name in plans}
 
 
 def can_pay(plan: Plan, spent: Spent, steps: int) -> bool:

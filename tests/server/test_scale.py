@@ -1,6 +1,7 @@
 """A fleet of any size: what it costs hangs on the cohort, and what comes of it is what a small fleet's files say."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -17,8 +18,8 @@ from torch import nn
 from clients import roster
 from clients.task import Hello
 from edge_export import bundle
-from privacy import accounting
-from privacy.ledger import Account, Ledger
+from privacy import accounting, shared_records
+from privacy.ledger import Account, Head, Ledger
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario
@@ -284,6 +285,118 @@ def test_the_ledgers_gate_lets_through_whom_it_would_let_through_alone(tmp_path:
     assert 5 < len(alone) < 55
     assert ledger.over(asks).keys() == alone
     assert ledger.reserve("run", 1, asks).keys() == alone
+
+
+def ledger_of(path: Path) -> Ledger:
+    """The ledger of the run in `path`."""
+    found = Ledger(path.parent / f"{path.name}-state" / "simulations" / "made.ledger")
+    found.read()
+    return found
+
+
+def account(name: str, unit: str = "example") -> Account:
+    return Account(unit, name, "made")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "privacy.unit=example",
+        "privacy.unit=example evaluation.epsilon=3",
+        "privacy.unit=client privacy.epsilon=50 rounds.minimum=0",
+        "privacy.unit=both privacy.client_epsilon=40 rounds.minimum=0",
+    ],
+)
+@pytest.mark.parametrize("alone", [100, 0])
+def test_a_large_fleet_is_charged_what_a_listed_one_is(
+    text: str, alone: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where everyone is asked, so that no secret draw differs."""
+    monkeypatch.setattr(shared_records, "ALONE", alone)
+    text += " rounds.number=2 rounds.fraction=1 evaluation.every=1 privacy.budget=60"
+    text += " evaluation.on=clients" if "evaluation.epsilon" in text else ""
+    federated(tmp_path / "listed", text, until=2)
+    monkeypatch.setattr(spent_file, "LISTED", 10)
+    federated(tmp_path / "large", text, until=2)
+    large, listed = ledger_of(tmp_path / "large").accounts, ledger_of(tmp_path / "listed").accounts
+    assert large.keys() == listed.keys()
+    for one, standing in listed.items():
+        assert (large[one].history, large[one].budget, large[one].delta) == (
+            standing.history,
+            standing.budget,
+            standing.delta,
+        )
+        assert bool(large[one].digest) == bool(standing.digest)
+
+
+@pytest.mark.usefixtures("_large")
+def test_an_account_is_opened_by_the_round_that_charges_it_first(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    federated(path, "privacy.unit=example privacy.budget=60 rounds.fraction=0.2", until=1)
+    rows = committed_rows(path)
+    first = {*rows[0]["cohort"], "client-00"}  # the first is opened with the run, whose start names the ledger's head
+    assert {one.client for one in ledger_of(path).accounts} == first
+    told = json.loads((path / "start.json").read_text())["ledger"]
+    assert told["sequence"] > 0
+    assert ledger_of(path).holds(Head(told["sequence"], told["hash"]))
+    federated(path, "privacy.unit=example privacy.budget=60 rounds.fraction=0.2")
+    charged = {name for row in committed_rows(path) for name in row["cohort"]}
+    found = ledger_of(path)
+    assert {one.client for one in found.accounts} == {*charged, "client-00"} < {*Numbered(len(SIZES))}
+    assert {one.client for one, standing in found.accounts.items() if +standing.history} == charged
+    assert {len(standing.digest) for one, standing in found.accounts.items()} == {64}
+    clients = json.loads((path / "report.json").read_text())["privacy"]["clients"]
+    assert {row["name"]: row["epsilon_total"] for row in clients if row["name"] not in charged} == dict.fromkeys(
+        {*Numbered(len(SIZES))} - charged, 0.0
+    )
+    assert verify.check(path / "report.json").wrong == []
+
+
+@pytest.mark.usefixtures("_large")
+def test_a_budget_that_was_opened_otherwise_is_refused_before_anyone_trains(tmp_path: Path) -> None:
+    text = "privacy.unit=example rounds.fraction=0.2"
+    federated(tmp_path / "run", f"{text} privacy.budget=60", until=1)
+    shutil.copytree(tmp_path / "run-state", tmp_path / "other-state")
+    with pytest.raises(Refused, match="opened with a budget of 60"):
+        federated(tmp_path / "other", f"{text} privacy.budget=50")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.usefixtures("_large")
+def test_a_budget_that_another_run_gave_meanwhile_is_refused_by_the_round_that_meets_it(tmp_path: Path) -> None:
+    text = "privacy.unit=example rounds.fraction=1 privacy.budget=60"
+    path, scenario = tmp_path / "run", made()
+    settings = override(scenario.settings, f"run.state={tmp_path / 'run-state'} {text}")
+    with RunFolder.create(path, "made", settings) as folder:
+        prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, Quiet())
+        ledger_of(path).open({account("client-03"): (5.0, 1e-3)})
+        with pytest.raises(Refused, match="client-03 on made was opened with a budget of 5"):
+            job.run(prepared)
+    assert not any(+standing.history for standing in ledger_of(path).accounts.values())
+
+
+@pytest.mark.usefixtures("_large")
+@pytest.mark.parametrize("text", ["privacy.unit=example", "privacy.unit=client privacy.epsilon=50 rounds.minimum=0"])
+def test_a_round_of_a_large_fleet_that_was_cut_off_counts_as_spent(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    federated(path, text, until=1)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            federated(path, text)
+    state = federated(path, text)
+    unit = "client" if "unit=client" in text else "example"
+    counted = {name: spent.steps for name, spent in state.clients.items()}
+    ledger = {one.client: sum(standing.history.values()) for one, standing in ledger_of(path).accounts.items()}
+    assert {name: steps for name, steps in ledger.items() if steps} == counted
+    assert {one.unit for one in ledger_of(path).accounts} == {unit}
+    assert verify.check(path / "report.json").wrong == []
 
 
 @pytest.mark.parametrize(
