@@ -92,6 +92,15 @@ def least_evaluated(clients: int, settings: Settings) -> int:
     return settings.protect.minimum or max(masking.LEAST, -(-clients // 2))
 
 
+def evaluated(names: Sequence[str], settings: Settings, number: int) -> Sequence[str]:
+    """Who is asked for test results after round `number`: all, or a draw that everybody may know."""
+    if settings.evaluation.fraction == 1:
+        return names
+    size = max(1, round(settings.evaluation.fraction * len(names)))
+    random = np.random.default_rng(derive(settings.run.seed, "evaluation", number))
+    return [names[at] for at in sorted(random.choice(len(names), size, replace=False).tolist())]
+
+
 def honest(clients: int, settings: Settings) -> int:
     """Fewest honest clients in such a sum: their noise is what is charged where noise comes in shares."""
     return least_summed(clients, settings) - settings.privacy.colluding

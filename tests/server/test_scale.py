@@ -25,12 +25,13 @@ from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario
 from scenarios.numbered import ByName, Listed, Numbered
 from scenarios.settings import Settings, override
-from server import client_rows, select, spent_file, verify
+from server import client_rows, console, results, select, spent_file, units, verify
 from server import run as job
 from server.embedded import EmbeddedFleet
 from server.record import RunFolder
 from server.report import MOST_CLIENTS
-from server.rounds import rounds, worst_epsilon
+from server.rounds import rounds
+from server.rows import worst_epsilon
 from server.score import NOTHING
 from server.spendings import Spendings
 from server.state import Row, ServerState, Spent, first_state
@@ -419,6 +420,60 @@ def test_the_rows_of_many_clients_stand_beside_the_report_which_covers_them(
     rows[3]["epsilon"] *= 0.5
     (tmp_path / "run/clients.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert any("clients.jsonl is not the file" in line for line in verify.check(path).wrong)
+
+
+def test_who_was_left_out_of_a_large_fleet_stands_beside_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its clients have no test data: nobody is evaluated."""
+    text = "faults.dropout=0.5 evaluation.on=clients"
+    federated(tmp_path / "listed", text)
+    monkeypatch.setattr(client_rows, "LISTED", 5)
+    path = tmp_path / "run"
+    federated(path, text)
+    listed = json.loads((tmp_path / "listed/report.json").read_text())["fleet"]
+    report = json.loads((path / "report.json").read_text())
+    assert report["fleet"]["left_out"] == report["fleet"]["unevaluated"] == []
+    found = client_rows.whole(report, path)["fleet"]
+    assert len(found["left_out"]) > 5
+    assert len(found["unevaluated"]) == len(SIZES)
+    assert {**found, "profile": ""} == {**listed, "profile": ""}
+    assert verify.check(path / "report.json").wrong == []
+    page = (path / "report.html").read_text()
+    assert all(entry["name"] in page for entry in found["unevaluated"])
+    console.summary(results.load(path), path)
+    assert "left_out.jsonl" in capsys.readouterr().out
+    (path / "left_out.jsonl").unlink()
+    assert any("left_out.jsonl does not read" in line for line in verify.check(path / "report.json").wrong)
+
+
+def test_a_part_of_the_clients_can_be_asked_for_test_results(tmp_path: Path) -> None:
+    """They have none, so that whoever is asked is named."""
+    federated(tmp_path / "run", "evaluation.on=clients evaluation.fraction=0.25", until=3)
+    asked = [[entry["name"] for entry in row["unevaluated"]] for row in committed_rows(tmp_path / "run")]
+    assert [len(names) for names in asked] == [5] * 3
+    assert asked[0] != asked[1]
+    federated(tmp_path / "again", "evaluation.on=clients evaluation.fraction=0.25", until=3)
+    assert committed_rows(tmp_path / "again") == committed_rows(tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", ["", "evaluation.on=clients privacy.unit=example evaluation.epsilon=3"])
+def test_a_part_of_the_clients_is_not_asked_where_all_are_charged_or_none(text: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"evaluation\.fraction=0\.5 asks some clients"):
+        federated(tmp_path / "run", f"{text} evaluation.fraction=0.5")
+
+
+def test_what_evaluation_took_is_a_share_of_the_runs_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run"
+    federated(path)
+    report = results.load(path)
+    rows = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
+    assert all(0 < row["seconds_evaluation"] < row["seconds"] for row in rows)
+    assert sum(row["seconds_evaluation"] for row in rows) < report["seconds"]["evaluation"] < report["seconds"]["total"]
+    share = results.evaluation_share(report)
+    console.summary(report, path)
+    assert f"{units.percent(share)} of it" in capsys.readouterr().out
+    assert results.evaluation_share({"seconds": {"total": 3.0}}) is None, "an older Umbel does not say"
 
 
 def peak(clients: int, number: int = 3) -> float:

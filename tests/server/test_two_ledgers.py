@@ -279,7 +279,7 @@ def test_what_is_published_is_the_same_whoever_was_drawn(
         ledger = Ledger(home / "server" / "devices.ledger", keep=True)
         ledger.read()
         records = [{**record, "time": 0, "digest": ""} for record in ledger.records or ()]
-        noisy = dict.fromkeys(("loss", "accuracy", "seconds"))
+        noisy = dict.fromkeys(("loss", "accuracy", "seconds", "seconds_evaluation"))
         length = len((home / "server" / "devices.heads").read_bytes())
         told.append((records, [row | noisy for row in rows], length))
     assert told[0] == told[1] == told[2]
