@@ -476,9 +476,9 @@ def test_what_evaluation_took_is_a_share_of_the_runs_time(tmp_path: Path, capsys
     assert results.evaluation_share({"seconds": {"total": 3.0}}) is None, "an older Umbel does not say"
 
 
-def peak(clients: int, number: int = 3) -> float:
+def peak(clients: int, number: int = 3, text: str = "") -> float:
     """Bytes that a process takes at its peak for a run of the no-op benchmark, beyond what it took before."""
-    words = ["benchmarks/fleet.py", "--one", str(clients), "--rounds", str(number)]
+    words = ["benchmarks/fleet.py", "--one", str(clients), "--rounds", str(number), "--set", text]
     done = subprocess.run([sys.executable, *words], cwd=HOUSE, check=True, capture_output=True, text=True)
     return float(json.loads(done.stdout.splitlines()[-1])["bytes_a_client"]) * clients
 
@@ -493,3 +493,23 @@ def test_a_registered_client_takes_64_bytes_at_most() -> None:
 def test_memory_is_flat_over_the_rounds() -> None:
     few, many = (peak(20_000, number) for number in (3, 30))
     assert many - few < 4e6
+
+
+def test_a_registered_client_has_no_account_before_its_first_charge() -> None:
+    """Under example-level DP; an account of its own from the start took 2.7 kB."""
+    small, large = (peak(clients, 2, "privacy.unit=example") for clients in (10_001, 100_000))
+    assert (large - small) / 90_000 < 250
+
+
+@pytest.mark.slow
+def test_a_registered_client_of_a_million_takes_64_bytes_under_dp_too() -> None:
+    small, large = (peak(clients, 3, "privacy.unit=example") for clients in (100_000, 1_000_000))
+    assert (large - small) / 900_000 < 64
+
+
+@pytest.mark.slow
+def test_a_client_that_pays_in_every_round_takes_two_kilobytes() -> None:
+    """Under client-level DP, where all pay; it took 5 kB."""
+    text = "privacy.unit=client privacy.epsilon=50 rounds.minimum=0"
+    small, large = (peak(clients, 2, text) for clients in (10_001, 50_000))
+    assert (large - small) / 40_000 < 2_200
