@@ -1,4 +1,4 @@
-"""Book: where every account of a ledger stands; those that stand alike share one standing, so many take little room."""
+"""Book: where every account of a ledger stands; those that are charged together and stand alike share one standing."""
 
 from array import array
 from collections import Counter
@@ -14,7 +14,7 @@ Places = Sequence[int]
 """Accounts by the order in which they were opened, from 0."""
 
 _SHORT = 64
-"""Entries of a history up to which accounts that stand alike are found; a longer one belongs to its account alone."""
+"""Entries of a history up to which accounts that are charged together share it; a longer one belongs to one alone."""
 
 
 class Charge(NamedTuple):
@@ -116,7 +116,7 @@ class Book(Mapping[Account, Standing]):
                 new = replace(old, history=Counter(old.history), dated=Counter(old.dated))
                 new.add(charge.mechanism, by, charge.time)
                 new.last = (charge.mechanism, charge.steps) if last else old.last
-                if len(new.dated) > _SHORT:
+                if len(places) == 1 or len(new.dated) > _SHORT:  # to look for others costs more than it takes
                     self._standings[at] = new
                     self._own.add(at)
                     continue
