@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "contenders"))
 
 import table
 import torch
-from agreement import TOLERANCE
+from agreement import LARGEST, MEDIAN
 from catalogue import WORKLOADS
 from comparison import Comparison
 from lineup import LAYOUTS, LINEUP, shown
@@ -86,7 +86,8 @@ def main() -> None:
     found: dict[str, Any] = {"machine": machine(chosen.device), "absent": comparison.absent}
     print(", ".join(f"{key} {value}" for key, value in found["machine"].items()), file=out)
     print(f"{chosen.warmup} + {chosen.rounds} rounds, {chosen.repeats} repeats; p x t: processes x threads", file=out)
-    print(f"apart: max|dw| / max|w| after one noise-free round, at most {TOLERANCE:g} for a ratio", file=out)
+    print(f"apart: max|dw| / max|w| after one noise-free round; for a ratio at most {LARGEST:g}, and", file=out)
+    print(f"       the median of |dw| / max|w| at most {MEDIAN:g}", file=out)
     print("/ limit: times what the workload's arithmetic or traffic takes at this machine's best rates\n", file=out)
     for name, why in comparison.absent.items():
         print(f"{name} takes no part: {why}", file=out)

@@ -13,12 +13,11 @@ Legend: P is the number of weights; K clients, R rows, B and T as in clients/gra
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from clients import fused, gram, private_stack, sgd, stack, training, upload, workers
@@ -132,16 +131,17 @@ class _Sum:
 
     def __init__(self, node: Node, weigh: Weigh) -> None:
         self._node, self._weigh, self._weight = node, weigh, 0.0
-        self._total: NDArray[np.float64] | None = None
+        self._bytes = cache(partial(upload.size, node.settings))
+        self._total: Tensor | None = None
 
     def take(self, group: _Group) -> list[Reply]:
         """The replies of `group`, whose updates are in the sum from here on."""
         clipped = any(mine.task.update_clip for mine in group.members)
         if group.total is not None and not clipped:
             weights = [self._weigh(len(mine.examples.y)) for mine in group.members]
-            total = group.total(weights).numpy().astype(np.float64)
-            if np.isfinite(total).all():
-                self._add(total, sum(weights))
+            total = group.total(weights)
+            if total.isfinite().all():
+                self._add(total, 1.0, sum(weights))
                 return [self._reply(mine, mine.task.steps, True) for mine in group.members]
         return [
             training.guarded(mine.task, partial(self._take, mine, made))
@@ -156,16 +156,18 @@ class _Sum:
         if not np.isfinite(update).all():
             raise CodecError(f"an update must be finite: {np.count_nonzero(~np.isfinite(update))} entries are not")
         weight = self._weigh(len(mine.examples.y))
-        self._add(update.astype(np.float64) * weight, weight)
+        self._add(torch.from_numpy(update), weight, weight)
         return self._reply(mine, steps, within)
 
-    def _add(self, total: NDArray[np.float64], weight: float) -> None:
-        self._total = total if self._total is None else self._total + total
+    def _add(self, update: Tensor, times: float, weight: float) -> None:
+        if self._total is None:
+            self._total = torch.zeros(update.shape, dtype=torch.float64)
+        self._total.add_(update, alpha=times)
         self._weight += weight
 
     def _reply(self, mine: Admitted, steps: int, within: bool) -> Reply:
         task, count = mine.task, len(mine.examples.y)
-        summand = Summand(upload.size(self._node.settings, len(task.weights)), self._weigh(count))
+        summand = Summand(self._bytes(len(task.weights)), self._weigh(count))
         return Reply(task.round, task.client, b"", count, steps, within=within, summand=summand)
 
     def carried(self, replies: list[Reply]) -> list[Reply]:
@@ -173,13 +175,15 @@ class _Sum:
         for i in reversed(range(len(replies))):
             if (summand := replies[i].summand) is not None:
                 assert self._total is not None
-                replies[i] = replace(replies[i], summand=replace(summand, total=self._total, whole=self._weight))
+                replies[i] = replace(
+                    replies[i], summand=replace(summand, total=self._total.numpy(), whole=self._weight)
+                )
                 break
         return replies
 
 
 def _vector(update: Tensor) -> Vector:
-    return update.numpy().astype(np.float32)
+    return update.numpy().astype(np.float32, copy=False)
 
 
 def _groups(node: Node, ready: Sequence[Admitted]) -> Iterator[_Group]:
@@ -188,19 +192,20 @@ def _groups(node: Node, ready: Sequence[Admitted]) -> Iterator[_Group]:
         return
     model = training.fitted(node, ready[0].task)
     ways = Ways.of(node, model)
-    chain, short, long = ways.chain, list[Admitted](), dict[Way, list[Admitted]]()
+    chain, private, short = ways.chain, list[Admitted](), list[Admitted]()
+    long = dict[Way, list[Admitted]]()
     for mine in ready:
         task = mine.task
         way = ways.at(len(mine.examples.y), task.steps, task.mechanism is not None, task.deadline > 0)
         if way.name == "single":
             yield _Group(way, [mine], [partial(_by_itself, node, mine)])
-        elif way.name == "rows":
-            assert chain is not None
-            yield _Group(way, [mine], [partial(_by_rows, node, chain, mine)])
-        elif way.name == "gram":
-            short.append(mine)
-        else:
+        elif way.name == "fused":
             long.setdefault(way, []).append(mine)
+        else:
+            (private if way.name == "rows" else short).append(mine)
+    if private:
+        assert chain is not None
+        yield from _private(node, chain, private)
     for part in _alike(node, short):
         assert chain is not None
         try:
@@ -224,13 +229,37 @@ def _by_itself(node: Node, mine: Admitted) -> tuple[Tensor, int]:
     return torch.from_numpy(update), steps
 
 
-def _by_rows(node: Node, chain: stack.Stack, mine: Admitted) -> tuple[Tensor, int]:
-    """Under example-level DP."""
-    task, seed, loss = mine.task, node.settings.privacy.noise_seed, node.scenario.loss
-    assert task.mechanism is not None
-    random = dp_sgd.noise_generator(None if seed is None else derive(seed, "noise", task.round, task.client))
-    pulls, plan = _pulls(node, task), (task.mechanism, task.clip)
-    return private_stack.train(chain, _start(mine), *mine.examples, loss, pulls, task.steps, *plan, random), task.steps
+def _private(node: Node, chain: stack.Stack, members: Sequence[Admitted]) -> Iterator[_Group]:
+    """Under example-level DP, some at a time."""
+    way, size = Way("rows"), private_stack.together(chain)
+    for part in (members[at : at + size] for at in range(0, len(members), size)):
+        try:
+            made = _by_rows(node, chain, part)
+        except Exception:  # of one of them, who is told when trained by itself
+            yield _Group(way, part, [partial(_private_alone, node, chain, mine) for mine in part])
+            continue
+        updates = [partial(_taken, update, mine.task.steps) for update, mine in zip(made, part, strict=True)]
+        yield _Group(way, part, updates)
+
+
+def _by_rows(node: Node, chain: stack.Stack, members: Sequence[Admitted]) -> list[Tensor]:
+    seed, clients = node.settings.privacy.noise_seed, list[private_stack.Private]()
+    for mine in members:
+        task = mine.task
+        assert task.mechanism is not None
+        random = dp_sgd.noise_generator(None if seed is None else derive(seed, "noise", task.round, task.client))
+        clients.append(private_stack.Private(*mine.examples, task.steps, task.mechanism, random))
+    first = members[0]
+    told = node.scenario.loss, _pulls(node, first.task), first.task.clip
+    return private_stack.train(chain, _start(first), clients, *told)
+
+
+def _private_alone(node: Node, chain: stack.Stack, mine: Admitted) -> tuple[Tensor, int]:
+    return _by_rows(node, chain, [mine])[0], mine.task.steps
+
+
+def _taken(update: Tensor, steps: int) -> tuple[Tensor, int]:
+    return update, steps
 
 
 def _by_fused(node: Node, trainer: fused.Trainer, mine: Admitted) -> tuple[Tensor, int]:

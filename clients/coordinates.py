@@ -25,6 +25,7 @@ Legend: P is the number of values of an update, k that of shared coordinates; co
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 import numpy as np
@@ -53,6 +54,7 @@ class Pace:
     """(P,) the round of that."""
 
 
+@lru_cache
 def split(codec: str) -> tuple[float | None, str]:
     """(SHARE of the setting `codec`, None where all coordinates are sent; the codec of the values that are sent).
 

@@ -8,10 +8,11 @@ privacy/dp_sgd.py, whose `PrivateGradient` is the truth that this is tested agai
 Guarantee: every step is one `Mechanism` step on the client's examples, add-or-remove-one adjacency, whoever sees the
 weights, as there. An example whose gradient is not finite counts as zero.
 
-Legend: P is the number of weights, N of examples, B of a sample.
+Legend: P is the number of weights, K of clients, N of a client's examples, R of those of all clients' samples together.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,76 +25,132 @@ from privacy.plan import Mechanism
 
 _TINY = 1e-6
 """Added to a norm before it divides, as Opacus does."""
+_ENTRIES = 1 << 21
+"""Of the weights of clients that are trained together: 8 MB, which with their noise outgrow no processor's caches."""
 
+Loss = Callable[[Tensor, Tensor], Tensor]
 Rows = tuple[Tensor, Tensor]
-"""What came back to a layer's outputs (B, outputs), and what went in (B, inputs); the sum over B is the gradient's."""
+"""What came back to a layer's outputs (R, outputs), and what went in (R, inputs); the sum over R is the gradient's."""
+Weights = tuple[list[Tensor], list[Tensor] | None]
+"""Of one layer, every client's own: (outputs, inputs) each, and biases (outputs,)."""
+
+
+@dataclass(frozen=True)
+class Private:
+    """What one client trains on, x: (N, ...) and y: (N,), and how."""
+
+    x: Tensor
+    y: Tensor
+    steps: int
+    mechanism: Mechanism
+    generator: torch.Generator
+    """Of its samples and its noise."""
+
+
+def together(chain: Stack) -> int:
+    """How many clients are best trained at once: a large model's weights would push each other out of the caches."""
+    return max(1, _ENTRIES // chain.size)
 
 
 @torch.no_grad()
 def train(
-    chain: Stack,
-    start: Tensor,
-    x: Tensor,
-    y: Tensor,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    pulls: Pulls,
-    steps: int,
-    mechanism: Mechanism,
-    clip: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """The update (P,) of one client by `steps` private steps from the weights `start` (P,).
+    chain: Stack, start: Tensor, clients: Sequence[Private], loss: Loss, pulls: Pulls, clip: float
+) -> list[Tensor]:
+    """The update (P,) of each client by its private steps from the weights `start` (P,).
 
-    x: (N, ...), y: (N,). loss: a plain mean over examples. Momentum sums up what was noised, and costs nothing.
+    Their layers act on their own rows, all else on everybody's at once. loss: a plain mean over examples. Momentum sums
+    up what was noised, and costs nothing.
     """
-    weights, noise = start.clone(), torch.empty_like(start)
-    velocity = torch.zeros_like(start) if pulls.momentum else None
-    layers, drawn = [layer.of(weights) for layer in chain.layers], [layer.of(noise) for layer in chain.layers]
-    parts = [part for pair in drawn for part in pair if part is not None]
-    x, scale = chain.functions[0](x), pulls.rate / (mechanism.sampling_rate * len(y))
-    for sample in dp_sgd.poisson(mechanism, len(y), steps, generator):
-        rows = clipped(chain, layers, x[sample], y[sample], loss, clip)
-        to = pulls.moved(weights, start, velocity)
-        for (weight, bias), (back, inputs) in zip([layer.of(to) for layer in chain.layers], rows, strict=True):
-            weight.addmm_(back.T, inputs, alpha=-scale)
-            if bias is not None:
-                bias.sub_(back.sum(0), alpha=scale)
-        dp_sgd.draw_noise(parts, mechanism, clip, generator)
-        to.sub_(noise, alpha=scale)
-        if velocity is not None:
-            weights.add_(velocity)
-    return weights - start
+    weights_KP, noise = start.repeat(len(clients), 1), torch.empty_like(start)
+    velocities_KP = torch.zeros_like(weights_KP) if pulls.momentum else None
+    parts = [part for layer in chain.layers for part in layer.of(noise) if part is not None]
+    samples = [dp_sgd.poisson(one.mechanism, len(one.y), one.steps, one.generator) for one in clients]
+    x, y, firsts = chain.functions[0](torch.cat([one.x for one in clients])), torch.cat([one.y for one in clients]), [0]
+    for one in clients[:-1]:
+        firsts.append(firsts[-1] + len(one.y))
+    scales = [pulls.rate / (one.mechanism.sampling_rate * len(one.y)) for one in clients]
+    live = list[int]()
+    for step in range(max(one.steps for one in clients)):
+        if (still := [k for k, one in enumerate(clients) if one.steps > step]) != live:
+            live, own = still, [weights_KP[k] for k in still]
+            moving = own if velocities_KP is None else [velocities_KP[k] for k in still]
+            layers, into = weights(chain, own), weights(chain, moving)
+        drawn = [next(samples[k]) for k in live]
+        at = torch.tensor(
+            [firsts[k] + i for k, sample in zip(live, drawn, strict=True) for i in sample], dtype=torch.long
+        )
+        sizes = list(map(len, drawn))
+        rows = clipped(chain, layers, x[at], y[at], sizes, loss, clip)
+        for flat, to in zip(own, moving, strict=True):
+            pulls.moved(flat, start, None if velocities_KP is None else to)
+        each = torch.tensor([scales[k] for k in live], dtype=start.dtype)
+        mean = torch.repeat_interleave(each, torch.tensor(sizes))[:, None]
+        for (matrices, biases), (back, inputs) in zip(into, rows, strict=True):
+            moves = torch.split(back * mean, sizes)
+            for matrix, move, seen in zip(matrices, moves, torch.split(inputs, sizes), strict=True):
+                matrix.addmm_(move.T, seen, alpha=-1)
+            for bias, move in zip(biases or (), moves, strict=False):
+                bias.sub_(move.sum(0))
+        for k, flat, to in zip(live, own, moving, strict=True):
+            dp_sgd.draw_noise(parts, clients[k].mechanism, clip, clients[k].generator)
+            to.sub_(noise, alpha=scales[k])
+            if velocities_KP is not None:
+                flat.add_(to)
+    return list(weights_KP.sub_(start))
+
+
+def weights(chain: Stack, flats: Sequence[Tensor]) -> list[Weights]:
+    """Views of every layer's weights in the vectors (P,) of clients."""
+    made = list[Weights]()
+    for layer in chain.layers:
+        own = [layer.of(flat) for flat in flats]
+        made.append(([matrix for matrix, _ in own], [bias for _, bias in own if bias is not None] or None))
+    return made
 
 
 def clipped(
-    chain: Stack,
-    layers: Sequence[tuple[Tensor, Tensor | None]],
-    x: Tensor,
-    y: Tensor,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    clip: float,
+    chain: Stack, layers: Sequence[Weights], x: Tensor, y: Tensor, sizes: list[int], loss: Loss, clip: float
 ) -> list[Rows]:
-    """The sum of the gradients of the examples' own losses, each at most `clip` long, as rows of each layer.
+    """The sums of the gradients of the examples' own losses, each at most `clip` long, as rows of each layer.
 
-    x: (B, inputs), as the first layer takes them. Of no examples there are no rows.
+    x: (R, inputs), as the first layer takes them, and y: (R,): so many `sizes` of each client, in order. Of no
+    examples there are no rows.
     """
     if not len(y):
         return [(x.new_zeros(0, layer.outputs), x.new_zeros(0, layer.inputs)) for layer in chain.layers]
     inputs, passed = [x], []
-    for (weight, bias), function in zip(layers, chain.functions[1:], strict=True):
-        passed.append(stack.passed(function, torch.nn.functional.linear(inputs[-1], weight, bias)))
+    for layer, own, function in zip(chain.layers, layers, chain.functions[1:], strict=True):
+        passed.append(stack.passed(function, _through(inputs[-1], own, sizes, layer.outputs)))
         inputs.append(passed[-1][1].detach())
     back, backs = stack.slopes(loss, inputs[-1], y), list[Tensor]()
-    for (weight, _), through in zip(reversed(layers), reversed(passed), strict=True):
-        backs.append(stack.back_through(through, back))
-        back = backs[-1] @ weight
+    for i in reversed(range(len(layers))):
+        backs.append(stack.back_through(passed[i], back))
+        if i:
+            back = torch.empty_like(inputs[i])
+            for matrix, one, further in zip(
+                layers[i][0], torch.split(backs[-1], sizes), torch.split(back, sizes), strict=True
+            ):
+                torch.mm(one, matrix, out=further)
     backs.reverse()
     squares = torch.zeros(len(y), dtype=x.dtype)
-    for d, a, (_, bias) in zip(backs, inputs, layers, strict=False):
-        squares += d.square().sum(1) * (a.square().sum(1) + (bias is not None))
+    for d, a, (_, biases) in zip(backs, inputs, layers, strict=False):
+        squares += d.square().sum(1) * (a.square().sum(1) + (biases is not None))
     factors, sound = (clip / (squares.sqrt() + _TINY)).clamp(max=1.0)[:, None], squares.isfinite()[:, None]
     if sound.all():
         return [(d * factors, a) for d, a in zip(backs, inputs, strict=False)]
     return [
         (torch.where(sound, d * factors, 0.0), torch.where(sound, a, 0.0)) for d, a in zip(backs, inputs, strict=False)
     ]
+
+
+def _through(rows: Tensor, own: Weights, sizes: list[int], outputs: int) -> Tensor:
+    """(R, outputs) what every client's layer makes of its own rows."""
+    made = rows.new_empty(len(rows), outputs)
+    for k, (matrix, one, out) in enumerate(
+        zip(own[0], torch.split(rows, sizes), torch.split(made, sizes), strict=True)
+    ):
+        if own[1]:
+            torch.addmm(own[1][k], one, matrix.T, out=out)
+        else:
+            torch.mm(one, matrix.T, out=out)
+    return made

@@ -94,7 +94,7 @@ def obstacle(model: nn.Module) -> str:
         if type(module) not in (nn.Linear, *_BETWEEN):
             what = "is no linear layer and no function without weights"
             return f"{which} {what}" if names[id(module)] else f"a {type(module).__name__} is no chain of layers"
-        if _hooked(module):
+        if hooked(module):
             return f"{which} has a hook"
         if isinstance(module, nn.Flatten) and module.start_dim != 1:
             return f"{which} takes examples apart"
@@ -134,7 +134,7 @@ def linear(model: nn.Module) -> list[nn.Linear]:
     """The linear layers of a chain that are used just once in it, and whose weights nothing else uses."""
     modules = list(_chain(model))
     used = [id(parameter) for module in modules for parameter in module.parameters()]
-    found = [module for module in modules if type(module) is nn.Linear and not _hooked(module)]
+    found = [module for module in modules if type(module) is nn.Linear and not hooked(module)]
     once = [module for module in found if all(used.count(id(parameter)) == 1 for parameter in module.parameters())]
     return once if all(parameter.requires_grad for one in once for parameter in one.parameters()) else []
 
@@ -148,5 +148,6 @@ def _chain(module: nn.Module) -> Iterator[nn.Module]:
         yield from _chain(part)
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
+    """Whether somebody listens to what the module sees or makes."""
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)

@@ -161,7 +161,7 @@ def _save(fleet: Path, name: str, array: NDArray[Any]) -> None:
 def _array(fleet: Path, name: str) -> NDArray[Any]:
     """Raises Refused where it is not there or no array."""
     try:
-        found: NDArray[Any] = np.load(fleet / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        found: NDArray[Any] = np.asarray(np.load(fleet / f"{name}.npy", mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError) as error:
         raise Refused(f"{fleet / name}.npy does not read ({type(error).__name__}): bring it back from a copy") from None
     return found

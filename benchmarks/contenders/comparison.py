@@ -142,9 +142,10 @@ def _rows(
     distances = apart(weights, truth) if truth else {}
     rows: dict[str, table.Row] = {}
     for one, (layout, noiseless) in ready.items():
-        distance = distances.get(one.name)
-        same = distance is not None and agrees(distance)
-        rows[one.name] = table.row(outcomes.get((one, layout), [noiseless]), layout, distance, same)
+        far = distances.get(one.name)
+        rows[one.name] = table.row(
+            outcomes.get((one, layout), [noiseless]), layout, far, far is not None and agrees(far)
+        )
     noise = {layout: found for (one, layout), found in outcomes.items() if not one.compared}
     rows |= {one.name: table.fastest(noise) for one, _ in outcomes if not one.compared}
     return table.without_noise(rows, noise)

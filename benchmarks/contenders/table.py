@@ -4,6 +4,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from agreement import Apart
 from lineup import Layout, shown
 from running import Outcome
 
@@ -24,11 +25,12 @@ _HEADS = {
 }
 
 
-def row(outcomes: Sequence[Outcome], layout: Layout, distance: float | None, agreeing: bool) -> Row:
+def row(outcomes: Sequence[Outcome], layout: Layout, apart: Apart | None, agreeing: bool) -> Row:
     """What the JSON says of one contender at one workload; a run that failed is left out, and its reason kept."""
     good = [outcome for outcome in outcomes if not outcome.reason]
     reason = next((outcome.reason for outcome in outcomes if outcome.reason), None)
-    found: Row = {"layout": shown(layout), "apart": distance, "agrees": agreeing, "reason": reason}
+    found: Row = {"layout": shown(layout), "agrees": agreeing, "reason": reason}
+    found["median_apart"], found["apart"] = apart or (None, None)
     if not good:
         return found
     seconds = [outcome.seconds for outcome in good]

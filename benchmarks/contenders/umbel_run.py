@@ -27,8 +27,7 @@ def noiseless(plan: Plan) -> Plan:
     return replace(plan, mechanism=replace(plan.mechanism, noise_multiplier=0.0))
 
 
-def main() -> None:
-    trial = Trial()
+def main(trial: Trial) -> None:
     workload, out = trial.workload, trial.out
     os.environ["UMBEL_STATE"] = str(out / "state")
     reference = str(HERE / "umbel_scenario.py")
@@ -61,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Trial())

@@ -90,7 +90,7 @@ class Workload:
 
     def array(self, name: str) -> np.ndarray[Any, Any]:
         """One of start (P,), x, y, x_test, y_test, cohorts (R, K) and orders (R, K, N); read as it is touched."""
-        return np.load(Path(self.folder) / f"{name}.npy", mmap_mode="r")
+        return np.asarray(np.load(Path(self.folder) / f"{name}.npy", mmap_mode="r"))  # np.memmap is slow to cut
 
     @cached_property
     def _data(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -53,8 +53,9 @@ def test_a_contender_with_other_weights_gets_no_ratio(contenders):
     agreement, table, running = map(contenders, ("agreement", "table", "running"))
     weights = np.linspace(-1, 1, 100, dtype=np.float32)
     other = weights.copy()
-    other[7] += 2e-4
+    other[7] += 2e-2
     found = {"torch-loop": weights, "umbel": weights * (1 + 1e-6), "flower": other, "pfl": weights[1:]}
+    found["umbel-cohort"] = weights + np.float32(2e-5)
     rows = {
         name: table.row([running.Outcome(seconds=1.0)], (1, 1), distance, agreement.agrees(distance))
         for name, distance in agreement.apart(found, "torch-loop").items()

@@ -100,7 +100,9 @@ def test_changed_messages_of_a_masked_sum_are_refused_or_make_no_difference(
 
 
 @pytest.mark.parametrize("asked", ["protect=masked", "protect=encrypted protect.trust=split"])
-def test_an_update_of_fewer_steps_than_the_server_asked_stays_out_of_the_sum(house: Any, tools: Any, asked: str) -> None:
+def test_an_update_of_fewer_steps_than_the_server_asked_stays_out_of_the_sum(
+    house: Any, tools: Any, asked: str
+) -> None:
     here = house(asked, clients=6)
     victim = here.names[0]
 
