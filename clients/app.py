@@ -7,10 +7,12 @@ neither a stage of a masked sum nor a key holder needs them.
 import hashlib
 import os
 import re
+import socket
+import time
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -22,8 +24,12 @@ if TYPE_CHECKING:
     from clients.own_ledger import OwnLedger
     from clients.task import Reply, Task
     from clients.training import Node
+    from clients.workers import Workers
 
 app = ClientApp()
+
+_HELD = 0.5
+"""Seconds for which a worker that is alive is not idle when the living are counted (server/blocks.py)."""
 
 
 @app.query()
@@ -78,6 +84,12 @@ def keyholder(message: Message, context: Context) -> Message:
     return Message(messages.encode_bytes(said), reply_to=message)
 
 
+@app.query("blocks")
+def blocks(message: Message, context: Context) -> Message:
+    """Work at blocks of clients, where this is one of Flower's simulated nodes: it can play any of them."""
+    return Message(_blocks(message.content, context), reply_to=message)
+
+
 def _key_node(context: Context) -> RecordDict:
     from clients import greetings
 
@@ -99,6 +111,23 @@ def _work(content: RecordDict, context: Context) -> RecordDict:
     except Exception as error:
         reply = Reply(round=0, client="", reason=_reason(error))
     return messages.encode_reply(reply)
+
+
+def _blocks(content: RecordDict, context: Context) -> RecordDict:
+    from clients import blocks
+
+    try:
+        if "client" in context.node_config:
+            raise Refused("a device trains its own client alone: set fleet.clock=wall")
+        tasks = blocks.decode_tasks(content)
+        if not tasks:  # it is asked who is alive, and those who are shall all be asked
+            time.sleep(_HELD)
+            return blocks.encode_replies([], [f"{os.getpid()} on {socket.gethostname()}"])
+        workers, deaths = _crew(**_told(context))
+        deaths.clear()
+        return blocks.encode_replies(list(workers.map(tasks)), deaths)
+    except Exception as error:
+        return blocks.encode_refusal(_reason(error))
 
 
 def _answer(task: "Task", context: Context) -> "Reply":
@@ -181,19 +210,8 @@ def _here(context: Context) -> tuple["Node", str]:
     """
     from clients import wanted
 
-    config, run = context.node_config, context.run_config
-    text = str(run["set"])
+    config, node = context.node_config, _node(**_told(context))
     named = str(config.get("client", ""))
-    node = _node(
-        scenario=_scenario(str(run["scenario"]), str(config.get("scenario", ""))),
-        text=text,
-        data=str(config.get("data", "")),
-        states=str(_states(context)),
-        run=context.run_id,
-        device=bool(named),
-        peers=str(config.get("peers", "")),
-        keyholder=str(config.get("keyholder", "")),
-    )
     clients = sorted(node.federation.sizes)
     if named:
         if clients and named not in clients:
@@ -209,6 +227,21 @@ def _here(context: Context) -> tuple["Node", str]:
     if number >= len(clients):
         raise Refused(f"there are {len(clients)} clients: this node, number {number} from 0, is one too many")
     return node, clients[number]
+
+
+def _told(context: Context) -> dict[str, Any]:
+    """What `_node` makes a node of."""
+    config, run = context.node_config, context.run_config
+    return {
+        "scenario": _scenario(str(run["scenario"]), str(config.get("scenario", ""))),
+        "text": str(run["set"]),
+        "data": str(config.get("data", "")),
+        "states": str(_states(context)),
+        "run": context.run_id,
+        "device": bool(str(config.get("client", ""))),
+        "peers": str(config.get("peers", "")),
+        "keyholder": str(config.get("keyholder", "")),
+    }
 
 
 def _scenario(asked: str, own: str) -> str:
@@ -239,6 +272,17 @@ def _node(
     known = (masking.read_peers(Path(peers)) if peers else {}) if device else None
     trusted = _trusted(keyholder) if device and settings.protect.mode == "encrypted" else None
     return Node(loaded, settings, loaded.data(settings), folder, known, trusted)
+
+
+@lru_cache(maxsize=1)
+def _crew(**told: Any) -> "tuple[Workers, list[str]]":
+    """(who works at blocks here: a process apart, as Flower replaces nothing that dies on Ray; what died)."""
+    from clients import cohort
+    from clients.workers import Workers
+
+    deaths, machine = list[str](), socket.gethostname()
+    work = partial(cohort.work, _node(**told))
+    return Workers(work, 1, lambda line: deaths.append(f"{line} (on {machine})")), deaths
 
 
 def _trusted(keyholder: str) -> bytes:

@@ -68,6 +68,22 @@ def answer(node: Node, tasks: Sequence[Task], weigh: Weigh | None = None) -> lis
     return inorder if summed is None else summed.carried(inorder)
 
 
+def work(node: Node, tasks: Sequence[Task]) -> list[Reply]:
+    """What a worker makes of a block: at once where it is to train, else one by one; summed where the server sums."""
+    if node.settings.local.engine == "single" or tasks[0].kind != "train":
+        return [training.answer(node, task) for task in tasks]
+    return answer(node, tasks, weigh(node.settings))
+
+
+def weigh(settings: Settings) -> Weigh | None:
+    """What a client of so many examples weighs in a sum of floats; None where the server looks at single updates."""
+    sums = settings.server.combine == "mean" and not settings.server.normalize and not settings.local.scaffold
+    if not sums or settings.codec != "float32" or upload.bits(settings) is not None:
+        return None
+    alike = settings.privacy.by_client or settings.server.weighting == "uniform"
+    return lambda examples: 1.0 if alike else float(examples)
+
+
 def alone(node: Node, task: Task) -> Reply:
     """A task by itself, as a device gets it; with local.engine=cohort what a block makes of it, to rounding."""
     if node.settings.local.engine == "single" or task.kind != "train":
@@ -92,13 +108,13 @@ def check(local: Local) -> None:
         raise Refused("local.precision=bf16 needs a processor with bf16 (AVX-512): this one has float32 alone")
 
 
-def told(settings: Settings, tasks: int) -> dict[str, Any]:
-    """How a round of so many tasks is trained, for its row and the report; processes: on the run's own machine."""
+def told(settings: Settings, tasks: int, alone: bool = False) -> dict[str, Any]:
+    """How a round of so many tasks is trained, for its row and the report; alone: each on a device of its own."""
     local, whole = settings.local, [Task("train", 0, "", np.zeros(0, np.float32), ())] * tasks
     if local.engine == "single":
         return {"name": "single", "block": 1, "precision": "float32", "threads": 1, "processes": 1, "trained": []}
-    largest = max(map(len, cut(whole, local.block)), default=0)
-    count = workers.available(settings.run.processes)
+    largest = max(map(len, cut(whole, 1 if alone else local.block)), default=0)
+    count = 1 if alone else workers.available(settings.run.processes)
     how = {"name": "cohort", "block": largest, "precision": local.precision, "threads": 1, "processes": count}
     return how | {"trained": []}
 
@@ -192,17 +208,18 @@ def _groups(node: Node, ready: Sequence[Admitted]) -> Iterator[_Group]:
         return
     model = training.fitted(node, ready[0].task)
     ways = Ways.of(node, model)
-    chain, private, short = ways.chain, list[Admitted](), list[Admitted]()
-    long = dict[Way, list[Admitted]]()
+    chain, private, short, long = ways.chain, list[Admitted](), list[Admitted](), dict[Way, list[Admitted]]()
     for mine in ready:
         task = mine.task
         way = ways.at(len(mine.examples.y), task.steps, task.mechanism is not None, task.deadline > 0)
         if way.name == "single":
             yield _Group(way, [mine], [partial(_by_itself, node, mine)])
-        elif way.name == "fused":
-            long.setdefault(way, []).append(mine)
+        elif way.name == "rows":
+            private.append(mine)
+        elif way.name == "gram":
+            short.append(mine)
         else:
-            (private if way.name == "rows" else short).append(mine)
+            long.setdefault(way, []).append(mine)
     if private:
         assert chain is not None
         yield from _private(node, chain, private)
@@ -231,15 +248,18 @@ def _by_itself(node: Node, mine: Admitted) -> tuple[Tensor, int]:
 
 def _private(node: Node, chain: stack.Stack, members: Sequence[Admitted]) -> Iterator[_Group]:
     """Under example-level DP, some at a time."""
-    way, size = Way("rows"), private_stack.together(chain)
+    size = private_stack.together(chain)
     for part in (members[at : at + size] for at in range(0, len(members), size)):
         try:
             made = _by_rows(node, chain, part)
         except Exception:  # of one of them, who is told when trained by itself
-            yield _Group(way, part, [partial(_private_alone, node, chain, mine) for mine in part])
+            yield _Group(Way("rows"), part, [partial(_private_alone, node, chain, mine) for mine in part])
             continue
-        updates = [partial(_taken, update, mine.task.steps) for update, mine in zip(made, part, strict=True)]
-        yield _Group(way, part, updates)
+        yield _Group(
+            Way("rows"),
+            part,
+            [partial(_taken, update, mine.task.steps) for update, mine in zip(made, part, strict=True)],
+        )
 
 
 def _by_rows(node: Node, chain: stack.Stack, members: Sequence[Admitted]) -> list[Tensor]:

@@ -5,7 +5,8 @@ protocol that hides updates; a reply has its payload.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,10 @@ from clients.records import ARRAYS, FIELDS, FLAT, INDICES, PAYLOAD, PROTOCOL, RE
 from clients.task import Charge, Protection, Reply, Task
 from privacy.noise_shares import Shares
 from privacy.plan import Mechanism
-from scenarios.weights import Layout
+from scenarios.weights import Layout, Vector
 
 _CONTROL, _SHARED = "control", "coordinates"
-_TASK: dict[str, type] = {
+TASK: dict[str, type] = {
     "kind": str,
     "round": int,
     "client": str,
@@ -48,7 +49,7 @@ _TASK: dict[str, type] = {
     "ranks": list,
     "dims": list,
 }
-_REPLY: dict[str, type] = {
+REPLY: dict[str, type] = {
     "round": int,
     "client": str,
     "examples": int,
@@ -80,9 +81,17 @@ def encode_arrays(task: Task) -> ArrayRecord:
 
 def encode_task(task: Task, arrays: ArrayRecord | None = None) -> RecordDict:
     """The message for `task`; `arrays` is `encode_arrays(task)` where several tasks share it."""
+    record = RecordDict({FIELDS: records.config(task_fields(task), TASK), ARRAYS: arrays or encode_arrays(task)})
+    if task.protection:
+        record[REQUEST] = records.arrays(PROTOCOL, flat=task.protection.request)
+    return record
+
+
+def task_fields(task: Task) -> dict[str, Any]:
+    """The fields of a task, those of TASK."""
     mechanism = task.mechanism or Mechanism(sampling_rate=0.0, noise_multiplier=0.0)
-    fields: dict[str, Any] = {
-        **{name: getattr(task, name) for name in _TASK if hasattr(task, name)},
+    return {
+        **{name: getattr(task, name) for name in TASK if hasattr(task, name)},
         "sampling_rate": mechanism.sampling_rate,
         "noise_multiplier": mechanism.noise_multiplier,
         "share_multiplier": task.shares.multiplier if task.shares else 0.0,
@@ -98,15 +107,27 @@ def encode_task(task: Task, arrays: ArrayRecord | None = None) -> RecordDict:
         "ranks": [len(shape) for _, shape in task.layout],
         "dims": [size for _, shape in task.layout for size in shape],
     }
-    record = RecordDict({FIELDS: records.config(fields, _TASK), ARRAYS: arrays or encode_arrays(task)})
-    if task.protection:
-        record[REQUEST] = records.arrays(PROTOCOL, flat=task.protection.request)
-    return record
 
 
 def decode_task(record: RecordDict) -> Task:
     """The task in `record`."""
-    fields = records.fields(record, _TASK, {FIELDS, ARRAYS} | ({REQUEST} if REQUEST in record else set()))
+    fields = records.fields(record, TASK, {FIELDS, ARRAYS} | ({REQUEST} if REQUEST in record else set()))
+    request = records.data(record, PROTOCOL, REQUEST) if REQUEST in record else None
+    return task_of(fields, decode_arrays(record, fields), request)
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """What of a task is large, and its layout; the tasks of a round share them."""
+
+    layout: Layout
+    weights: Vector
+    control: Vector | None
+    coordinates: NDArray[np.uint32] | None
+
+
+def decode_arrays(record: RecordDict, fields: Mapping[str, Any]) -> Arrays:
+    """The arrays in `record`, as the task of these fields may have them."""
     if fields["kind"] not in ("train", "evaluate", "protect"):
         raise ValueError(f"a task of unknown kind {records.shown(fields['kind'])!r}")
     layout = _layout(fields)
@@ -119,16 +140,22 @@ def decode_task(record: RecordDict) -> Task:
     vectors = {name: np.frombuffer(data, "<f4").astype(np.float32) for name, data in read.items()}
     if not all(np.isfinite(vector).all() for vector in vectors.values()):
         raise ValueError("the weights of the task, or its control variate, are not finite")
+    shared = _coordinates(record, size, names) if _SHARED in names else None
+    return Arrays(layout, vectors[FLAT], vectors.get(_CONTROL), shared)
+
+
+def task_of(fields: Mapping[str, Any], arrays: Arrays, request: bytes | None) -> Task:
+    """The task of these fields; request: the protocol's message, if it has one."""
     return Task(
         kind=fields["kind"],
         round=fields["round"],
         client=records.name(fields["client"]),
-        weights=vectors[FLAT],
-        layout=layout,
+        weights=arrays.weights,
+        layout=arrays.layout,
         rate=fields["rate"],
         steps=fields["steps"],
-        control=vectors.get(_CONTROL),
-        coordinates=_coordinates(record, size, names) if _SHARED in names else None,
+        control=arrays.control,
+        coordinates=arrays.coordinates,
         state_round=fields["state_round"],
         deadline=fields["deadline"],
         mechanism=_mechanism(fields),
@@ -138,15 +165,15 @@ def decode_task(record: RecordDict) -> Task:
         shares=_shares(fields),
         largest=fields["largest"],
         charge=_charge(fields),
-        protection=_protection(record, fields),
+        protection=_protection(fields, request),
     )
 
 
 def encode_reply(reply: Reply) -> RecordDict:
     """The message for `reply`."""
-    fields = {name: getattr(reply, name) for name in _REPLY if hasattr(reply, name)}
+    fields = {name: getattr(reply, name) for name in REPLY if hasattr(reply, name)}
     fields |= {**records.written("node", reply.head), "reason": records.shown(reply.reason)}
-    return RecordDict({FIELDS: records.config(fields, _REPLY), ARRAYS: records.arrays(PAYLOAD, flat=reply.payload)})
+    return RecordDict({FIELDS: records.config(fields, REPLY), ARRAYS: records.arrays(PAYLOAD, flat=reply.payload)})
 
 
 def decode_reply(record: RecordDict, task: Task) -> Reply:
@@ -154,13 +181,22 @@ def decode_reply(record: RecordDict, task: Task) -> Reply:
 
     A payload may hold 16 bytes a weight and 64 KiB more, several times what any codec needs.
     """
-    noised = task.kind == "evaluate" and task.mechanism is not None
-    fields = records.fields(record, _REPLY, {FIELDS, ARRAYS}, _SIGNED | _NOISED if noised else _SIGNED)
+    fields = records.fields(record, REPLY, {FIELDS, ARRAYS}, signed(task))
+    return reply_of(fields, task, lambda: records.data(record, PAYLOAD))
+
+
+def signed(task: Task) -> Collection[str]:
+    """The fields of an answer to `task` that may be below 0."""
+    return _SIGNED | _NOISED if task.kind == "evaluate" and task.mechanism is not None else _SIGNED
+
+
+def reply_of(fields: Mapping[str, Any], task: Task, carried: Callable[[], bytes]) -> Reply:
+    """The answer to `task` of these fields; carried: its payload, which is looked at if it says that it is good."""
     if fields["reason"]:
         return Reply(task.round, task.client, reason=records.shown(fields["reason"]), late=fields["late"])
     if (fields["round"], fields["client"]) != (task.round, task.client):
         raise ValueError(f"answered for round {fields['round']} of {records.shown(fields['client'])!r}")
-    payload = records.data(record, PAYLOAD)
+    payload = carried()
     if len(payload) > max(16 * len(task.weights) + 65536, _LARGEST_ANSWER if task.kind == "protect" else 0):
         raise ValueError(f"a payload of {len(payload)} bytes for {len(task.weights)} weights")
     head = records.head(fields, "node")
@@ -226,10 +262,9 @@ def _charge(fields: Mapping[str, Any]) -> Charge | None:
     return Charge(records.name(fields["run"]), fields["attempt"], head, known)
 
 
-def _protection(record: RecordDict, fields: Mapping[str, Any]) -> Protection | None:
-    if REQUEST not in record:
+def _protection(fields: Mapping[str, Any], request: bytes | None) -> Protection | None:
+    if request is None:
         if fields["protected_run"] or fields["entries"] or fields["minimum"]:
             raise ValueError("a task that is to be protected, without the protocol's message")
         return None
-    request = records.data(record, PROTOCOL, REQUEST)
     return Protection(records.name(fields["protected_run"]), fields["entries"], fields["minimum"], request)

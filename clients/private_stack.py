@@ -62,40 +62,40 @@ def train(
     up what was noised, and costs nothing.
     """
     weights_KP, noise = start.repeat(len(clients), 1), torch.empty_like(start)
-    velocities_KP = torch.zeros_like(weights_KP) if pulls.momentum else None
     parts = [part for layer in chain.layers for part in layer.of(noise) if part is not None]
     samples = [dp_sgd.poisson(one.mechanism, len(one.y), one.steps, one.generator) for one in clients]
     x, y, firsts = chain.functions[0](torch.cat([one.x for one in clients])), torch.cat([one.y for one in clients]), [0]
     for one in clients[:-1]:
         firsts.append(firsts[-1] + len(one.y))
     scales = [pulls.rate / (one.mechanism.sampling_rate * len(one.y)) for one in clients]
+    velocities = torch.zeros_like(weights_KP) if pulls.momentum else None
     live = list[int]()
     for step in range(max(one.steps for one in clients)):
         if (still := [k for k, one in enumerate(clients) if one.steps > step]) != live:
             live, own = still, [weights_KP[k] for k in still]
-            moving = own if velocities_KP is None else [velocities_KP[k] for k in still]
-            layers, into = weights(chain, own), weights(chain, moving)
+            rests = [None if velocities is None else velocities[k] for k in still]
+            layers = weights(chain, own)
+            moving = layers if velocities is None else weights(chain, [velocities[k] for k in still])
         drawn = [next(samples[k]) for k in live]
         at = torch.tensor(
             [firsts[k] + i for k, sample in zip(live, drawn, strict=True) for i in sample], dtype=torch.long
         )
         sizes = list(map(len, drawn))
         rows = clipped(chain, layers, x[at], y[at], sizes, loss, clip)
-        for flat, to in zip(own, moving, strict=True):
-            pulls.moved(flat, start, None if velocities_KP is None else to)
+        to = [pulls.moved(flat, start, velocity) for flat, velocity in zip(own, rests, strict=True)]
         each = torch.tensor([scales[k] for k in live], dtype=start.dtype)
         mean = torch.repeat_interleave(each, torch.tensor(sizes))[:, None]
-        for (matrices, biases), (back, inputs) in zip(into, rows, strict=True):
+        for (matrices, biases), (back, inputs) in zip(moving, rows, strict=True):
             moves = torch.split(back * mean, sizes)
             for matrix, move, seen in zip(matrices, moves, torch.split(inputs, sizes), strict=True):
                 matrix.addmm_(move.T, seen, alpha=-1)
             for bias, move in zip(biases or (), moves, strict=False):
                 bias.sub_(move.sum(0))
-        for k, flat, to in zip(live, own, moving, strict=True):
+        for k, flat, moved in zip(live, own, to, strict=True):
             dp_sgd.draw_noise(parts, clients[k].mechanism, clip, clients[k].generator)
-            to.sub_(noise, alpha=scales[k])
-            if velocities_KP is not None:
-                flat.add_(to)
+            moved.sub_(noise, alpha=scales[k])
+            if moved is not flat:
+                flat.add_(moved)
     return list(weights_KP.sub_(start))
 
 

@@ -6,7 +6,7 @@ Every reader raises ValueError with the reason when keys, types, sizes or ranges
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,8 @@ WEIGHTS = Kind("float32", 4, "umbel.float32.v1")
 """Little-endian float32, without a header."""
 INDICES = Kind("uint32", 4, "umbel.uint32.v1")
 """Likewise, of uint32."""
+SUM = Kind("float64", 8, "umbel.float64.v1")
+"""Likewise, of float64: a sum of updates."""
 PAYLOAD = Kind("uint8", 1, "umbel.payload.v1")
 """What a codec wrote; read by that codec alone."""
 PROTOCOL = Kind("uint8", 1, "umbel.protocol.v1")
@@ -59,21 +61,62 @@ def fields(
     record: RecordDict, kinds: Mapping[str, type], records: set[str], signed: Collection[str] = ()
 ) -> dict[str, Any]:
     """The fields of a message of exactly these records. signed: fields that may be below 0."""
+    config = _config(record, kinds, records)
+    for name, kind in kinds.items():
+        _check(name, config[name], kind, name in signed)
+    return dict(config)
+
+
+def table(rows: Sequence[Mapping[str, Any]], kinds: Mapping[str, type], by: str) -> ConfigRecord:
+    """The fields of many: what all have alike stands there once, as lists always do, anything else as a column.
+
+    by: the field that is a column always, so that it can be seen how many there are.
+    """
+    made = ConfigRecord()
+    for name, kind in kinds.items():
+        column = [kind(row[name]) for row in rows]
+        alike = kind is list or (name != by and all(value == column[0] for value in column))
+        made[name] = column[0] if alike else column
+    return made
+
+
+def rows(
+    record: RecordDict, kinds: Mapping[str, type], records: set[str], by: str, signed: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """The reverse of `table`: the fields of each, checked as those of `fields` are."""
+    config, read = _config(record, kinds, records), dict[str, list[Any]]()
+    named = config[by]
+    count = len(named) if isinstance(named, list) else 0
+    if not count:
+        raise ValueError(f"a message that names no {by}")
+    for name, kind in kinds.items():
+        value = config[name]
+        column = value if type(value) is list and kind is not list else [value]
+        if len(column) != count and column is value:
+            raise ValueError(f"{name} has {len(column)} entries, there are {count} clients")
+        for entry in column:
+            _check(name, entry, kind, name in signed)
+        read[name] = column if column is value else column * count
+    return [dict(zip(read, row, strict=True)) for row in zip(*read.values(), strict=True)]
+
+
+def _config(record: RecordDict, kinds: Mapping[str, type], records: set[str]) -> ConfigRecord:
     if set(record) != records:
         raise ValueError(f"a message with the records {shown(', '.join(sorted(map(str, record))))!r}")
     config = record[FIELDS]
     if not isinstance(config, ConfigRecord) or set(config) != set(kinds):
         raise ValueError("a message with other fields than expected: do both sides run the same version of Umbel?")
-    for name, kind in kinds.items():
-        value = config[name]
-        if type(value) is not kind:
-            raise ValueError(f"{name} is a {type(value).__name__}, not a {kind.__name__}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} is {value}")
-        least = -(2**53) if name in signed else 0
-        if isinstance(value, int | float) and not (least <= value <= 2**53):
-            raise ValueError(f"{name} is out of range: {value}")
-    return dict(config)
+    return config
+
+
+def _check(name: str, value: Any, kind: type, signed: bool) -> None:
+    if type(value) is not kind:
+        raise ValueError(f"{name} is a {type(value).__name__}, not a {kind.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}")
+    least = -(2**53) if signed else 0
+    if isinstance(value, int | float) and not (least <= value <= 2**53):
+        raise ValueError(f"{name} is out of range: {value}")
 
 
 def data(

@@ -163,7 +163,7 @@ class Summand:
 
 @dataclass(frozen=True)
 class Way:
-    """How a block trained a client (clients/ways.py). Never on a wire."""
+    """How a block trained a client (clients/ways.py). A device does not say it."""
 
     name: Literal["gram", "rows", "fused", "single"]
     why: str = ""

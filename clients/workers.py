@@ -101,7 +101,7 @@ class _Worker:
         self.number, self.block = number, _IDLE
         self._total = np.frombuffer(mmap.mmap(-1, max(1, 8 * weights.size)), np.float64, weights.size)
         self.connection, theirs = multiprocessing.Pipe()
-        arguments = (work, weights, self._total, theirs)
+        arguments = (work, weights, self._total, theirs, self.connection)
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", DeprecationWarning
@@ -131,8 +131,11 @@ class _Worker:
         self._process.join()
 
 
-def _serve(work: Work, weights: Vector, total: NDArray[np.float64], connection: Connection) -> None:
+def _serve(
+    work: Work, weights: Vector, total: NDArray[np.float64], connection: Connection, parents: Connection
+) -> None:
     """The child: a block at a time, until the parent is gone."""
+    parents.close()  # or the parent's end would live on in here, and its death would not be heard
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.freeze()  # else its collector would write to every page of objects that both sides share

@@ -26,7 +26,9 @@ class Run(Section):
     out: str = Field("", description="run folder; empty: runs/SCENARIO-TIME")
     state: str = Field("", description="folder of the privacy ledgers; empty: UMBEL_STATE, else the platform's own")
     resume: bool = Field(False, description="go on with the run in run.out instead of starting one")
-    processes: int = Field(0, ge=0, description="local.engine=cohort: processes that train blocks; 0: one a core")
+    processes: int = Field(
+        0, ge=0, description="local.engine=cohort: processes that train blocks (on Ray: workers); 0: one a core"
+    )
 
 
 class Rounds(Section):

@@ -16,9 +16,11 @@ from clients.training import Node
 from privacy.refused import Refused
 from scenarios import Scenario, load
 from scenarios.settings import Settings, override
+from server.blocks import BlockFleet
 from server.flower import STOP
 from server.grid import GridFleet
 from server.record import RunFolder
+from server.rounds import Fleet
 from server.run import Stopped, prepare, run
 from server.state import Row
 from server.superlink import PARENT
@@ -50,12 +52,14 @@ def _run(grid: Grid, context: Context) -> Path:
     folder = _folder(name, scenario, settings)
     _say(f"folder {folder.path}")
     stop = folder.path / STOP
+    runtime = "simulation" if settings.fleet.clock == "simulated" else "deployment"
 
-    def fleet(node: Node) -> GridFleet:
+    def fleet(node: Node) -> Fleet:
         sizes, knobs = node.federation.sizes, settings.fleet
+        if runtime == "simulation" and settings.local.engine == "cohort":
+            return BlockFleet(node, grid, _say)
         return GridFleet(grid, sizes, number=knobs.clients, wait=knobs.wait, stop=stop.exists)
 
-    runtime = "simulation" if settings.fleet.clock == "simulated" else "deployment"
     with folder:  # let go of before the last line is said: this process takes a while to end
         run(prepare(scenario, settings, folder, fleet, _Log(), stop.exists, runtime))
     return folder.path
@@ -69,7 +73,7 @@ def _folder(name: str, scenario: Scenario, settings: Settings) -> RunFolder:
     (path / STOP).unlink(missing_ok=True)  # it was meant for the run before
     folder = RunFolder.open(path)
     _, before = folder.settings()
-    told = {name: getattr(settings.run, name) for name in ("data", "out", "state", "resume")}
+    told = {name: getattr(settings.run, name) for name in ("data", "out", "state", "resume", "processes")}
     if before.model_copy(update={"run": before.run.model_copy(update=told)}) != settings:
         folder.close()
         raise Refused(f"{path} was started with other settings: the nodes read `set`, so repeat it, or start a new run")

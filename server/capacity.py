@@ -7,7 +7,7 @@ from clients.task import Hello
 from clients.training import Node
 from privacy.refused import Refused
 from scenarios.weights import flatten
-from server import engine, replies, select
+from server import engine, select
 
 
 def check(node: Node, roster: Mapping[str, Hello]) -> None:
@@ -18,7 +18,7 @@ def check(node: Node, roster: Mapping[str, Hello]) -> None:
     free = memory.available() if count > 1 else None
     if free is None:
         return
-    payload = 0 if replies.weigh(settings) else upload.size(settings, len(flatten(node.template)))
+    payload = 0 if cohort.weigh(settings) else upload.size(settings, len(flatten(node.template)))
     largest = {way: (size, steps) for way, size, steps, _ in engine.kinds(node, roster)}  # sizes come in order
     each = max((memory.need(node, way, told["block"], *most, payload) for way, most in largest.items()), default=0)
     if count * each > free:

@@ -33,7 +33,12 @@ app.add_typer(ledger_app, name="ledger")
 app.add_typer(key_app, name="key")
 app.command()(audit)
 
-Runtime = Annotated[str, typer.Option(help="embedded (this process), simulation (Flower on Ray), deployment (nodes).")]
+Runtime = Annotated[
+    str,
+    typer.Option(
+        help="embedded (this process), simulation (Flower on Ray; RAY_ADDRESS joins a cluster), deployment (nodes)."
+    ),
+]
 Superlink = Annotated[str, typer.Option(help="HOST:PORT of the running SuperLink, for --runtime deployment.")]
 Key = Annotated[
     str, typer.Option("--key", metavar="FILE", help="PEM file of the Ed25519 key that signs, else UMBEL_KEY.")

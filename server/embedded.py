@@ -9,7 +9,6 @@ from clients.roster import meet
 from clients.task import Hello, Reply, Task
 from clients.training import Node, answer, hello
 from clients.workers import Workers, available
-from server import replies
 
 
 class EmbeddedFleet:
@@ -19,10 +18,7 @@ class EmbeddedFleet:
         self._node = node
 
     def hello(self) -> Mapping[str, Hello]:
-        settings = self._node.settings
-        if settings.fleet.clock == "simulated" and settings.protect.mode == "none":
-            return meet(self._node)
-        return {name: hello(self._node, name) for name in sorted(self._node.federation.sizes)}  # measured, or with keys
+        return met(self._node)
 
     def ask(self, tasks: Sequence[Task]) -> Iterator[Reply]:
         """With local.engine=cohort tasks to train go in blocks, each to a process or, of one process, here."""
@@ -30,11 +26,8 @@ class EmbeddedFleet:
         if local.engine == "single" or not tasks or tasks[0].kind != "train":
             return map(partial(answer, self._node), tasks)
         blocks = cohort.cut(tasks, local.block)
-        answers = self._workers.map(blocks) if self._processes > 1 else map(self._train, blocks)
+        answers = self._workers.map(blocks) if self._processes > 1 else map(partial(cohort.work, self._node), blocks)
         return (reply for block in answers for reply in block)
-
-    def _train(self, tasks: Sequence[Task]) -> list[Reply]:
-        return cohort.answer(self._node, tasks, replies.weigh(self._node.settings))
 
     @cached_property
     def _processes(self) -> int:
@@ -42,4 +35,13 @@ class EmbeddedFleet:
 
     @cached_property
     def _workers(self) -> Workers:
-        return Workers(self._train, self._processes, lambda line: print(f"umbel: {line}", file=sys.stderr))
+        said = partial(print, file=sys.stderr)
+        return Workers(partial(cohort.work, self._node), self._processes, lambda line: said(f"umbel: {line}"))
+
+
+def met(node: Node) -> Mapping[str, Hello]:
+    """What the clients that this machine plays say before round 1."""
+    settings = node.settings
+    if settings.fleet.clock == "simulated" and settings.protect.mode == "none":
+        return meet(node)
+    return {name: hello(node, name) for name in sorted(node.federation.sizes)}  # measured, or with keys

@@ -71,7 +71,7 @@ def collect(
             "left_out": _left_out(rows),
             "unevaluated": _unevaluated(rows, final),
             "runtime": runtime,
-            "engine": cohort.told(settings, select.cohort_size(len(roster), settings))
+            "engine": cohort.told(settings, select.cohort_size(len(roster), settings), alone=runtime == "deployment")
             | {"trained": engine.summed(rows)},
         },
         "edge": dict(shipped),

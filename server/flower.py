@@ -5,10 +5,12 @@ Flower configuration is neither read nor changed.
 """
 
 import json
+import os
 import queue
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -21,6 +23,7 @@ from privacy.durable import write_atomic
 from privacy.refused import Refused
 from scenarios import Scenario
 from scenarios.settings import Settings, knobs
+from server.ray_cluster import Cluster
 from server.run import Progress, Stopped
 from server.superlink import COMMANDS, SuperLink, environment, own, running
 
@@ -40,21 +43,24 @@ def run(
     stop: Callable[[], bool],
     superlink: str = "",
     resume: bool = False,
+    cluster: Cluster = Cluster(),
 ) -> Path:
     """Run `scenario`, which the user calls `reference`, to its end; returns the run folder, where the ServerApp ran.
 
     path: the run folder, unless the SuperLink is on another machine and settings.run.out leaves the choice to it.
     superlink: HOST:PORT of a running one, whose nodes take part (see `server.superlink.running`); empty: one of our
-    own with as many simulated nodes as there are clients.
+    own with as many simulated nodes on `cluster` as there are clients or, with local.engine=cohort, workers.
     Raises what the run raised: Refused, Stopped; RuntimeError for anything else, with the log left in the folder.
     """
     home = Path(tempfile.mkdtemp(prefix="umbel-flower-"))
-    nodes = 0 if superlink else len(scenario.data(settings).sizes)
+    simulated = None if superlink else _simulated(scenario, settings, cluster)
+    if simulated:
+        settings = _here(settings, cluster, simulated)
     try:
-        with _superlink(superlink, home) as link:
+        with _superlink(superlink, home, cluster) as link:
             out = path.absolute() if link.local or settings.run.out else None
-            text = settings_text(scenario, settings, out, resume, clock="simulated" if nodes else "wall")
-            number = _submit(link, home, reference, text, nodes)
+            text = settings_text(scenario, settings, out, resume, clock="simulated" if simulated else "wall")
+            number = _submit(link, home, reference, text, simulated)
             end = _Watch(link, home, number, out, progress, stop).follow()
         if end.code not in (0, 2, 3) and path.is_dir():
             shutil.copy(home / _LOG, path / _LOG)
@@ -84,16 +90,42 @@ def settings_text(scenario: Scenario, settings: Settings, out: Path | None, resu
     return " ".join(shlex.quote(f"{name}={value}") for name, value in changed.items())
 
 
+@dataclass(frozen=True)
+class _Simulated:
+    """What Flower simulates."""
+
+    nodes: int
+    cpus: int | None
+    """Of the Ray that it starts, on which so many of them work at once; None: those of this machine, or the cluster."""
+    blocks: bool
+
+
+def _simulated(scenario: Scenario, settings: Settings, cluster: Cluster) -> _Simulated:
+    """One client a node or, where blocks of them are trained at once, a worker."""
+    if settings.local.engine == "single":
+        return _Simulated(len(scenario.data(settings).sizes), None, blocks=False)
+    workers = cluster.workers(settings)
+    return _Simulated(workers, None if cluster.address else workers, blocks=True)
+
+
+def _here(settings: Settings, cluster: Cluster, simulated: _Simulated) -> Settings:
+    """`settings` with what another machine of the cluster would take from its own environment, and who works."""
+    told: dict[str, Any] = {"processes": simulated.nodes} if simulated.blocks else {}
+    if cluster.address and not settings.run.data:
+        told["data"] = os.environ.get("UMBEL_DATA", "")
+    return settings.model_copy(update={"run": settings.run.model_copy(update=told)})
+
+
 @contextmanager
-def _superlink(text: str, home: Path) -> Iterator[SuperLink]:
+def _superlink(text: str, home: Path, cluster: Cluster) -> Iterator[SuperLink]:
     if text:
         yield running(text)
     else:
-        with own(home) as link:
+        with own(home, cluster.address) as link:
             yield link
 
 
-def _submit(link: SuperLink, home: Path, reference: str, text: str, nodes: int) -> str:
+def _submit(link: SuperLink, home: Path, reference: str, text: str, simulated: _Simulated | None) -> str:
     """Hand the app to the SuperLink; returns the run's number."""
     connection = ["[superlink.umbel]", f"address = {_toml(link.address)}", f"insecure = {_toml(link.insecure)}"]
     if link.root_certificates:
@@ -102,8 +134,9 @@ def _submit(link: SuperLink, home: Path, reference: str, text: str, nodes: int) 
     name = str(Path(reference).resolve()) if reference.endswith(".py") else reference
     write_atomic(home / "run.toml", f"scenario = {_toml(name)}\nset = {_toml(text)}\n".encode())
     command = ["run", str(_PROJECT), "umbel", "--run-config", str(home / "run.toml")]
-    if nodes:
-        command += ["--federation-config", f"num-supernodes={nodes} client-resources-num-cpus=1"]
+    if simulated:
+        command += ["--federation-config", f"num-supernodes={simulated.nodes} client-resources-num-cpus=1"]
+        command += ["--federation-config", f"init-args-num-cpus={simulated.cpus}"] if simulated.cpus else []
         command += ["--federation-config", 'init-args-logging-level="ERROR" init-args-log-to-driver=false']
     return str(_flwr(home, *command)["run-id"])
 
@@ -208,7 +241,9 @@ class _Watch:
         if words.startswith("exit "):
             _, code, text = [*words.split(" ", 2), ""][:3]
             return _End(int(code), text) if code.isdigit() else None
-        if self._out is None or not words.startswith(("round ", "folder ")):
+        if words.startswith("worker "):  # one that died: it stands where that of an embedded run stands
+            print(line.strip(), file=sys.stderr)
+        elif self._out is None or not words.startswith(("round ", "folder ")):
             self._progress.status(words)
         return None
 

@@ -35,6 +35,9 @@ _ERRORS = {
     5: "its node is gone",
     8: "its process died",
 }
+_FAILED = "its node failed"
+DEATHS = (_ERRORS[8], _FAILED)
+"""What is said of a process that died: on devices the first, of Flower's simulation the second."""
 
 
 @dataclass
@@ -139,7 +142,7 @@ class GridFleet:
                 asked = node
                 question = Message(messages.encode_bytes(request), node, _TYPES["keyholder"], ttl=max(0.1, left))
                 message = self._pushed({"": question}).get("", "")
-            content = self._pull(message) if message else None
+            content = pulled(self._grid, message) if message else None
             if content is not None:
                 try:
                     return messages.decode_bytes(_good(content))
@@ -193,7 +196,7 @@ class GridFleet:
         before = len(ready)
         for sent in waiting:
             task, late = sent.task, time.monotonic() > sent.limit
-            content = self._pull(sent.message) if sent.message else None
+            content = pulled(self._grid, sent.message) if sent.message else None
             if content is None and not late:
                 continue
             try:
@@ -212,26 +215,11 @@ class GridFleet:
         self._greeted |= self._pushed(hello)
         before = dict(self._nodes)
         for node, message in self._greeted.items():
-            content = self._pull(message) if message else None
+            content = pulled(self._grid, message) if message else None
             if content is not None:
                 self._greeted[node] = ""
                 self._welcome(node, content)
         return self._nodes != before
-
-    def _pull(self, message: str) -> RecordDict | str | None:
-        """The answer to the message of this id, or the reason why there will be none; None while it is not here.
-
-        One message a call: Flower decodes what a client wrote before we see it, and what it stumbles over shall cost
-        that client its reply and nobody else theirs. A lost SuperLink shows in the next call.
-        """
-        try:
-            answers = list(self._grid.pull_messages([message]))
-        except Exception as error:
-            return f"sent what Flower cannot read ({type(error).__name__})"
-        for answer in answers:
-            if answer.metadata.reply_to_message_id == message:
-                return _ERRORS.get(answer.error.code, "its node failed") if answer.has_error() else answer.content
-        return None
 
     def _welcome(self, node: int, content: RecordDict | str) -> None:
         """Take in the node that `content` is from, or note why not."""
@@ -266,6 +254,22 @@ class GridFleet:
         if self._absent:
             return f"{text}; a node cannot take part: {next(iter(self._absent.values()))}"
         return f"{text} after {self._wait:.0f} s: start the other nodes, or wait longer with fleet.wait"
+
+
+def pulled(grid: Grid, message: str) -> RecordDict | str | None:
+    """The answer to the message of this id, or the reason why there will be none; None while it is not here.
+
+    One message a call: Flower decodes what a client wrote before we see it, and what it stumbles over shall cost
+    that client its reply and nobody else theirs. A lost SuperLink shows in the next call.
+    """
+    try:
+        answers = list(grid.pull_messages([message]))
+    except Exception as error:
+        return f"sent what Flower cannot read ({type(error).__name__})"
+    for answer in answers:
+        if answer.metadata.reply_to_message_id == message:
+            return _ERRORS.get(answer.error.code, _FAILED) if answer.has_error() else answer.content
+    return None
 
 
 def _good(content: RecordDict | str) -> RecordDict:

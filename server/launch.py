@@ -51,12 +51,15 @@ def go(
                 ):
                     job.run(prepared)
             else:
-                from server import flower
+                from server import flower, ray_cluster
                 from server.superlink import running
 
                 _ = running(superlink) if superlink else scenario.data(settings)  # refused, if at all, in one line
+                cluster = ray_cluster.Cluster() if superlink else ray_cluster.found(settings)
                 with _live(scenario, settings, quiet) as progress:
-                    path = flower.run(reference, scenario, settings, path, progress, stop, superlink, resume=not new)
+                    path = flower.run(
+                        reference, scenario, settings, path, progress, stop, superlink, resume=not new, cluster=cluster
+                    )
         except job.Stopped as reason:
             raise Stop(str(reason)) from None
     show(path, quiet)

@@ -50,13 +50,7 @@ def good(
                 continue
             if reply.reason:
                 raise ValueError(reply.reason)
-            if (reply.round, reply.client) != (task.round, task.client):
-                raise ValueError(f"answered for round {reply.round} of {reply.client!r}"[:200])
-            least = 1 if task.deadline else task.steps  # nothing else stops a client early
-            if not least <= reply.steps <= task.steps:
-                raise ValueError(f"took {reply.steps} steps where {task.steps} were asked")
-            if reply.examples != roster[task.client].examples:
-                raise ValueError(f"trained on {reply.examples} examples, had {roster[task.client].examples} at first")
+            check(task, reply, roster[task.client].examples)
             one = read(task, reply)
         except ValueError as error:
             row["rejected"].append({"name": task.client, "reason": str(error)})
@@ -66,12 +60,15 @@ def good(
         yield one
 
 
-def weigh(settings: Settings) -> Callable[[int], float] | None:
-    """What a client of so many examples weighs in a sum of floats; None where single updates are looked at."""
-    sums = settings.server.combine == "mean" and not settings.server.normalize and not settings.local.scaffold
-    if not sums or settings.codec != "float32" or upload.bits(settings) is not None:
-        return None
-    return lambda examples: 1.0 if settings.privacy.by_client else weight(examples, settings)
+def check(task: Task, reply: Reply, examples: int) -> None:
+    """Raises ValueError for what a client that had so many examples at first cannot answer to `task`."""
+    if (reply.round, reply.client) != (task.round, task.client):
+        raise ValueError(f"answered for round {reply.round} of {reply.client!r}"[:200])
+    least = 1 if task.deadline else task.steps  # nothing else stops a client early
+    if not least <= reply.steps <= task.steps:
+        raise ValueError(f"took {reply.steps} steps where {task.steps} were asked")
+    if reply.examples != examples:
+        raise ValueError(f"trained on {reply.examples} examples, had {examples} at first")
 
 
 def summand(settings: Settings) -> Callable[[Task, Reply], combine.Part]:

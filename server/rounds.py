@@ -62,12 +62,13 @@ def rounds(
     journal: Journal,
     score: Callable[[ServerState], Score],
     gathered: gather.Gather = gather.clear,
+    alone: bool = False,
 ) -> Iterator[tuple[ServerState, Row]]:
     """Rounds state.round + 1 to state.until; yields (state, row) once a round is durable.
 
     plans: by client name; empty without DP. A client that is late, fails or answers garbage costs its own update and is
     named in the row. A round with fewer than settings.rounds.minimum good replies is committed and not applied.
-    gathered: how sums of integers are read, where updates are protected.
+    gathered: how sums of integers are read, where updates are protected. alone: every client is a device of its own.
     """
     names = named(roster)
     plans, sizes = planned(plans, names) if plans else {}, examples(roster)
@@ -77,7 +78,8 @@ def rounds(
     shares = gather.shares(settings, plans)
     central = central_noise(plans, settings) if settings.privacy.by_client and not shares else None
     largest = _largest(sizes, settings)
-    blocks = settings.local.engine == "cohort" and replies.weigh(settings) is not None
+    engine = partial(cohort.told, settings, alone=alone)
+    blocks = settings.local.engine == "cohort" and cohort.weigh(settings) is not None
     while state.round < state.until:
         began, number = time.monotonic(), state.round + 1
 
@@ -97,7 +99,7 @@ def rounds(
         tasks = [journal.charged(task) for task in tasks]
 
         # train; what comes back is decoded and checked one by one, and combined as it comes
-        row = _new_row(state, number, chosen, down * len(tasks)) | {"engine": cohort.told(settings, len(tasks))}
+        row = _new_row(state, number, chosen, down * len(tasks)) | {"engine": engine(len(tasks))}
         accepted: dict[str, int] = {}
         ask = partial(replies.counted, fleet, row)
         good = partial(replies.good, tasks=tasks, roster=roster, journal=journal, row=row, accepted=accepted)
@@ -147,7 +149,7 @@ def rounds(
         taken = accepted if settings.privacy.unit in ("none", "example") else chosen.paid  # a round is paid for whole
         state = _advance(state, settings, number, chosen, accepted, taken, row)
         if select.secret(settings):
-            _withhold(row, traffic, select.cohort_size(len(names), settings) if chosen.paid else 0, settings)
+            _withhold(row, traffic, select.cohort_size(len(names), settings) if chosen.paid else 0, engine)
         row["loss"], row["accuracy"], row["worst_client_accuracy"], missing = score(state)
         row["unevaluated"] = [{"name": name, "reason": reason} for name, reason in sorted(missing.items())]
         row["epsilon"] = worst = worst_epsilon(state, plans, chosen.paid, worst)
@@ -272,11 +274,11 @@ def _too_few(chosen: select.Cohort, accepted: Mapping[str, int], clients: int, s
     return f"{len(accepted)} good replies, {least} are needed" if len(accepted) < least else None
 
 
-def _withhold(row: Row, traffic: tuple[int, int], expected: int, settings: Settings) -> None:
+def _withhold(row: Row, traffic: tuple[int, int], expected: int, engine: Callable[[int], Row]) -> None:
     """What would tell who was drawn stays out of the row; bytes are those of the cohort expected."""
     row.update(cohort=[], replies=None, rejected=[], late=[], skipped=[], simulated_seconds=None)
     row.update(bytes_up=expected * traffic[1], bytes_down=expected * traffic[0])
-    row["engine"] = cohort.told(settings, expected)
+    row["engine"] = engine(expected)
 
 
 def _new_row(state: ServerState, number: int, chosen: select.Cohort, down: int) -> Row:

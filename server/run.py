@@ -252,7 +252,8 @@ def _federate(job: Job, state: ServerState) -> ServerState:
         return NOTHING if state.round % settings.evaluation.every else job.score(state)
 
     try:
-        ran = rounds(job.fleet, job.roster, job.plans, state, settings, job.accounts, score, job.gathered)
+        alone = job.runtime == "deployment"
+        ran = rounds(job.fleet, job.roster, job.plans, state, settings, job.accounts, score, job.gathered, alone)
         for state, row in ran:
             job.progress.row(row)
             if job.stop():

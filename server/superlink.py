@@ -39,8 +39,11 @@ class SuperLink:
 
 
 @contextmanager
-def own(home: Path) -> Iterator[SuperLink]:
-    """A SuperLink for simulations on a free port of this machine, its files in `home`; gone after the block."""
+def own(home: Path, ray: str = "") -> Iterator[SuperLink]:
+    """A SuperLink for simulations on a free port of this machine, its files in `home`; gone after the block.
+
+    ray: the cluster that they join; empty: a Ray of their own, whatever else runs on this machine.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -51,7 +54,7 @@ def own(home: Path) -> Iterator[SuperLink]:
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,
-            env={**environment(home), PARENT: str(os.getpid())},
+            env={**environment(home), PARENT: str(os.getpid()), "RAY_ADDRESS": ray or "local"},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=file,

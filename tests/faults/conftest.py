@@ -43,6 +43,7 @@ DUE = {
     "masked tasks": 150,
     "requests": 4000,
     "key holder's answers": 200,
+    "blocks": 400,
 }
 """How many changed messages come to each door, over all trusts or stages together."""
 
@@ -314,15 +315,17 @@ VALUES += ["\x1b[31m\n", "\u202e", b"", b"\0" * 40, [], [2**40], [-1], ["a", "a"
 def edited(record: RecordDict, draw: random.Random) -> RecordDict:
     """`record` with one of its fields, arrays or records changed, in a way that Flower lets through."""
     arrays = {name: part for name, part in record.items() if isinstance(part, ArrayRecord)}
-    config = record.get("umbel", ConfigRecord({"do": "deal"}))  # a key holder's message has no fields
+    configs = {name: part for name, part in record.items() if isinstance(part, ConfigRecord)}
+    told = sorted(configs)[draw.randrange(len(configs))] if len(configs) > 1 else "umbel"  # a block has its own
+    config = configs.get(told, ConfigRecord({"do": "deal"}))  # a key holder's message has no fields
     fields, whole = dict(config), dict(record)
     where = draw.choice(sorted(arrays))
     name = draw.choice(sorted(arrays[where]))
     array = arrays[where][name]
 
     def rewritten(**changes: Any) -> None:
-        told = {"dtype": array.dtype, "shape": array.shape, "stype": array.stype, "data": array.data} | changes
-        whole[where] = ArrayRecord(dict(arrays[where]) | {name: Array(**told)})
+        said = {"dtype": array.dtype, "shape": array.shape, "stype": array.stype, "data": array.data} | changes
+        whole[where] = ArrayRecord(dict(arrays[where]) | {name: Array(**said)})
 
     match draw.randrange(14):
         case 0:
@@ -347,13 +350,13 @@ def edited(record: RecordDict, draw: random.Random) -> RecordDict:
             del whole[draw.choice(sorted(whole))]
         case _:
             fields[draw.choice(sorted(fields))] = draw.choice(VALUES)
-    if whole.get("umbel") is config:
-        whole["umbel"] = ConfigRecord(fields)
+    if whole.get(told) is config:
+        whole[told] = ConfigRecord(fields)
     return RecordDict(whole)
 
 
 def _width(array: Array) -> int:
-    return 4 if array.dtype == "float32" else 1
+    return {"float32": 4, "float64": 8}.get(array.dtype, 1)
 
 
 def bent(data: bytes, draw: random.Random) -> bytes:

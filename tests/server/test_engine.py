@@ -358,6 +358,13 @@ def test_a_demand_that_clients_meet_is_no_obstacle(tmp_path: Path, text: str) ->
     engine.check(node, EmbeddedFleet(node).hello())
 
 
+def test_a_device_is_told_of_as_a_block_of_its_own(tmp_path: Path) -> None:
+    wanted = made_node(tmp_path, "local.engine=cohort run.processes=4").settings
+    alone = {"name": "cohort", "block": 1, "precision": "float32", "threads": 1, "processes": 1, "trained": []}
+    assert cohort.told(wanted, 9, alone=True) == alone
+    assert cohort.told(wanted, 9) == alone | {"block": 5, "processes": 4}
+
+
 def test_a_row_of_a_secret_draw_does_not_say_how_many_were_drawn(tmp_path: Path) -> None:
     _, rows = federate(tmp_path, f"{WAYS['secret draw']} local.engine=cohort rounds.number=6")
     assert {row["engine"]["block"] for row in rows} == {3}

@@ -186,8 +186,9 @@ def test_a_round_that_is_not_applied_leaves_every_variate_as_it_was(tmp_path: Pa
 
 def test_a_variate_that_overflows_leaves_the_round_unapplied_and_says_so(tmp_path: Path) -> None:
     huge = np.full(D, 1e38, "<f4").tobytes()
-    text = f"{SCAFFOLD} rounds.number=1 local.steps=1"
-    state, rows, _ = federate(tmp_path, text, lambda _, reply: replace(reply, payload=huge))
+    state, rows, _ = federate(
+        tmp_path, f"{SCAFFOLD} rounds.number=1 local.steps=1", lambda _, r: replace(r, payload=huge)
+    )
     assert (rows[0]["applied"], rows[0]["reason"]) == (
         False,
         "the control variate is no longer finite: lower local.rate",
