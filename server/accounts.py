@@ -275,11 +275,12 @@ def prepared(
     ledger, asks = Ledger(path), costs(scenario, settings, roster, plans)
     examined = {name: (cost, tests[name].steps) for name, cost in test_costs(scenario, tests).items()}
     ledger.read()
-    many, met, who = large(named(roster)), dict[Account, Head](), list(plans)
+    many, met = large(named(roster)), dict[Account, Head]()
     if many:  # they keep no ledgers of their own; one account is opened, so that the ledger has a head to be held to
         known = {account.client for account in ledger.accounts}
         who = [*(name for name in known if name in plans), *([] if known & plans.keys() else islice(plans, 1))]
     else:
+        who = list(plans)
         met = {asks[name][0].account: head for name in plans if (head := roster[name].head) is not None}
         peers.check(ledger, roster, before, met)
     paid = [cost for name in who for cost in asks[name]]

@@ -83,7 +83,7 @@ def worst_epsilon(
     known = state.clients.names if isinstance(state.clients, Spendings) else named({*plans, *state.clients})
     table = planned(plans, known)
     spent = spendings(state.clients, table.names)
-    at = np.flatnonzero(table.which >= 0) if of is None else spent.places(of)
+    at = np.flatnonzero((table.which >= 0) & (spent.rows["steps"] > 0)) if of is None else spent.places(of)
     kinds = dict.fromkeys(zip(table.which[at].tolist(), spent.rows["steps"][at].tolist(), strict=True))
     found = (accounting.epsilon({table.kinds[kind].mechanism: steps}, table.kinds[kind].delta) for kind, steps in kinds)
     return max([least or 0.0, *found])
