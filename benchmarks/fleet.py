@@ -71,7 +71,7 @@ def one(clients: int, number: int, text: str) -> dict[str, float]:
             start, state = time.process_time() - began, first_state(met.node.template, settings)
             began = time.process_time()
             for _, row in rounds(met.fleet, met.roster, met.plans, state, settings, met.accounts, lambda _: NOTHING):
-                assert row["replies"] == len(row["cohort"]), "a round failed: its time means nothing"
+                assert row["applied"], "a round failed: its time means nothing"
                 spent.append(time.process_time() - began)
                 began = time.process_time()
     peak = megabytes("VmHWM")

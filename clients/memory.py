@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from clients.private_stack import together
 from clients.stack import read
 from clients.task import Way
 from clients.training import Node
@@ -43,8 +44,10 @@ def need(node: Node, way: Way, block: int, examples: int, steps: int, payload: i
         chain = read(model)
         assert chain is not None
         wide = sum(layer.inputs + layer.outputs for layer in chain.layers)
-        if way.name == "rows":  # the noise, and a sample with what comes back of it
-            return taken + 4 * (weights + 3 * batch * wide)
+        if way.name == "rows":  # of those trained together: weights, examples, a sample and what comes back of it
+            some = min(block, together(chain))
+            own = 4 * weights * (2 if local.momentum else 1)
+            return taken + 4 * weights + some * (own + examples * one + 4 * 3 * batch * wide)
         beside = chain.layers[0].inputs + chain.layers[0].outputs + max(layer.outputs for layer in chain.layers)
         return taken + 4 * block * count * (wide + beside + 2 * count)
     taken += 3 * _saved(node, batch)

@@ -76,7 +76,10 @@ def passed(function: Function, outputs: Tensor) -> tuple[Tensor, Tensor]:
 def back_through(passed: tuple[Tensor, Tensor], back: Tensor) -> Tensor:
     """What comes back to the outputs of a layer of what came `back` to what a function made of them."""
     outputs, made = passed
-    return back if made is outputs else torch.autograd.grad(made, outputs, back)[0]
+    if made is outputs:
+        return back
+    with torch.enable_grad():  # of the sum: given `back` by itself, torch loads sympy, 40 MB in every worker
+        return torch.autograd.grad((made * back).sum(), outputs)[0]
 
 
 def slopes(loss: Callable[[Tensor, Tensor], Tensor], made: Tensor, y: Tensor) -> Tensor:

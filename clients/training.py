@@ -25,6 +25,9 @@ from scenarios.weights import Vector, fit, flatten, load
 
 Made = TypeVar("Made")
 
+_SMALL = 1 << 20
+"""Bytes of data up to which a copy of them costs nothing worth saving."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -79,9 +82,16 @@ def fingerprint(key: bytes, examples: Examples) -> bytes:
     said = [
         piece
         for part in examples
-        for piece in (f"{part.dtype} {tuple(part.shape)} ".encode(), part.contiguous().numpy().tobytes())
+        for piece in (f"{part.dtype} {tuple(part.shape)} ".encode(), part.contiguous().numpy().data)
     ]
-    return hmac.digest(key, b"".join(said), "sha256")
+    if (
+        sum(part.nbytes for part in examples) < _SMALL
+    ):  # a million clients have little each: one call is three times faster
+        return hmac.digest(key, b"".join(said), "sha256")
+    found = hmac.new(key, digestmod="sha256")
+    for piece in said:
+        found.update(piece)
+    return found.digest()
 
 
 def answer(node: Node, task: Task) -> Reply:

@@ -85,6 +85,8 @@ class Workers:
             _end(self._workers)
             self._weights = np.frombuffer(mmap.mmap(-1, max(1, weights.nbytes)), np.float32, weights.size)
         self._weights[:] = weights
+        if not self._workers:
+            gc.collect()
         while len(self._workers) < min(self._count, len(blocks)):
             self._workers.append(_Worker(self._work, self._weights, len(self._workers) + 1))
 
@@ -106,6 +108,7 @@ class _Worker:
             warnings.simplefilter(
                 "ignore", DeprecationWarning
             )  # other threads may live: the child touches none's locks
+            gc.freeze()  # a collection touches all that it looks at, and what is touched is shared no more
             self._process = multiprocessing.get_context("fork").Process(target=_serve, args=arguments, daemon=True)
             self._process.start()
         theirs.close()
@@ -173,3 +176,4 @@ def _lost(task: Task) -> Reply:
 def _end(workers: list[_Worker]) -> None:
     while workers:
         workers.pop().end()
+        gc.unfreeze()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from privacy.chain import readable
 from privacy.durable import secret
-from privacy.ledger import Account, Head, Ledger
+from privacy.ledger import Account, Head, Ledger, opening
 from privacy.refused import Refused
 
 _PARTS = ("", ".head", ".key")  # replaced in this order: in between, the ledger is refused, and all of it readable
@@ -106,7 +106,7 @@ def _following(bodies: Sequence[dict[str, Any]], made: Path) -> list[dict[str, A
             if found and body["time"] < found[-1]["time"]:
                 break
             scratch._take(sequence, body)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError):
             break
         found.append(body)
     return found
@@ -114,23 +114,28 @@ def _following(bodies: Sequence[dict[str, Any]], made: Path) -> list[dict[str, A
 
 def _opened(new: Ledger, peer: Ledger, taken: Collection[Account]) -> list[dict[str, Any]]:
     """Accounts that only the peer knows, on its terms; the others keep their own."""
-    return [
-        {"kind": "OPEN", **account._asdict(), "budget": terms.budget, "delta": terms.delta, "window": terms.window}
-        for account, terms in peer.accounts.items()
-        if account in taken and account not in new.accounts
-    ]
+    return list(
+        opening(
+            {
+                account: {"budget": terms.budget, "delta": terms.delta, "window": terms.window}
+                for account, terms in peer.accounts.items()
+                if account in taken and account not in new.accounts
+            }
+        )
+    )
 
 
 def _missing(new: Ledger, peer: Ledger, taken: Collection[Account]) -> list[dict[str, Any]]:
     """What the peer counts beyond what is charged here, reservation by reservation."""
     mine, theirs = _steps(new), _steps(peer)
-    known, bodies = {key[:4] for key in mine}, []
+    known, alike = {key[:4] for key in mine}, dict[tuple[Any, ...], list[Account]]()
     for key, steps in theirs.items():
         if key.account in taken and (more := steps - mine[key]) > 0:
             run = key.run + _EXTRA if key[:4] in known else key.run
-            place = {"account": new._numbers[key.account], "run": run, "round": key.round, "attempt": key.attempt}
-            bodies.append({"kind": "RESERVE", **place, "mechanism": key.mechanism, "steps": more})
-    return bodies
+            alike.setdefault((run, key.round, key.attempt, key.mechanism, more), []).append(key.account)
+    names = ("run", "round", "attempt", "mechanism", "steps")
+    groups = [(accounts, dict(zip(names, rest, strict=True))) for rest, accounts in alike.items()]
+    return list(new.charging("RESERVE", groups))
 
 
 def _seen(new: Ledger, peer: Ledger, taken: Collection[Account]) -> list[dict[str, Any]]:
@@ -138,16 +143,14 @@ def _seen(new: Ledger, peer: Ledger, taken: Collection[Account]) -> list[dict[st
     heads = [
         Head(*body["head"])
         for body in peer.records or ()
-        if body["kind"] == "SEEN" and peer._names[body["account"]] in taken
+        if body["kind"] == "SEEN" and any(peer.accounts.account(at) in taken for at in peer.places(body))
     ]
     beyond = [head for head in dict.fromkeys(heads) if not new.chain.holds(head)]
     bodies: list[dict[str, Any]] = [
         {"kind": "ADOPT", "heads": beyond[at : at + 500]} for at in range(0, max(1, len(beyond)), 500)
     ]
-    for account in taken:
-        if account not in new.seen or peer.chain.holds(new.seen[account]):
-            bodies.append({"kind": "SEEN", "account": new._numbers[account], "head": peer.chain.head})
-    return bodies
+    told = [account for account in taken if account not in new.seen or peer.chain.holds(new.seen[account])]
+    return [*bodies, *new.charging("SEEN", [(told, {"head": peer.chain.head})])]
 
 
 def _steps(ledger: Ledger) -> Counter[_Key]:
@@ -157,13 +160,14 @@ def _steps(ledger: Ledger) -> Counter[_Key]:
     for body in ledger.records or ():
         if body["kind"] not in ("RESERVE", "COMMIT", "VOID"):
             continue
-        place = body["account"], body["run"], body["round"], body["attempt"]
-        if body["kind"] == "RESERVE":
-            mechanisms[place] = tuple(body["mechanism"]), body["steps"]
-        mechanism, reserved = mechanisms[place]
         run = body["run"].removesuffix(_EXTRA)
-        key = _Key(ledger._names[body["account"]], run, body["round"], body["attempt"], mechanism)
-        found[key] += reserved if body["kind"] == "RESERVE" else body.get("steps", 0) - reserved
+        for at in ledger.places(body):
+            place = at, body["run"], body["round"], body["attempt"]
+            if body["kind"] == "RESERVE":
+                mechanisms[place] = tuple(body["mechanism"]), body["steps"]
+            mechanism, reserved = mechanisms[place]
+            key = _Key(ledger.accounts.account(at), run, body["round"], body["attempt"], mechanism)
+            found[key] += reserved if body["kind"] == "RESERVE" else body.get("steps", 0) - reserved
     return found
 
 

@@ -89,20 +89,30 @@ class Chain:
 
     def __init__(self, path: Path, take: Callable[[int, dict[str, Any]], None], keyed: bool = True) -> None:
         """take: given each record's sequence number, from 1, and body, in order and once; raises ValueError, KeyError,
-        TypeError, IndexError or AttributeError for one that does not follow from those before it.
+        TypeError, IndexError, OverflowError or AttributeError for one that does not follow from those before it.
         keyed: False to read another's file, whose key is not here, by its digests alone.
         """
         self.path, self._take, self._keyed = path, take, keyed
         self._head_path = path.with_name(path.name + ".head")
         self._key_path = path.with_name(path.name + ".key")
         self._key = b""
-        self._digests = [_FIRST]
+        self._digests = bytearray(_FIRST)  # 32 bytes a record, which one object each would be more than twice
         self._end = 0
         self._time = 0
 
     @property
     def head(self) -> Head:
-        return Head(len(self._digests) - 1, self._digests[-1].hex())
+        return Head(self._records, self._digests[-32:].hex())
+
+    @property
+    def _records(self) -> int:
+        return len(self._digests) // 32 - 1
+
+    def _digest(self, sequence: int) -> bytes:
+        """Of that record; of what comes before all for 0. Raises IndexError for one that was not read."""
+        if not 0 <= sequence <= self._records:
+            raise IndexError(sequence)
+        return bytes(self._digests[32 * sequence : 32 * sequence + 32])
 
     @property
     def now(self) -> int:
@@ -111,7 +121,7 @@ class Chain:
 
     def holds(self, head: Head) -> bool:
         """Whether what was read goes on from `head`; False when it was rolled back behind it, or is another file."""
-        return 0 <= head.sequence < len(self._digests) and self._digests[head.sequence].hex() == head.digest
+        return 0 <= head.sequence <= self._records and self._digest(head.sequence).hex() == head.digest
 
     def tag(self, said: bytes) -> bytes:
         """The tag of what else is bound to this file, under its key; empty before the first record, as is the key.
@@ -161,8 +171,8 @@ class Chain:
         if self._end == 0:  # before the first record, so that a ledger with records always has its key and its head
             self._key = secret(self._key_path)
             self._anchor()
-        digest, frames, now = self._digests[-1], bytearray() if self._end else bytearray(_MAGIC), self.now
-        for sequence, entry in enumerate(bodies, len(self._digests)):
+        digest, frames, now = self._digest(self._records), bytearray() if self._end else bytearray(_MAGIC), self.now
+        for sequence, entry in enumerate(bodies, self._records + 1):
             body = json.dumps({"sequence": sequence, "time": now, **entry}, separators=(",", ":")).encode()
             digest = hashlib.sha256(digest + body).digest()
             frames += len(body).to_bytes(4) + digest + _tag(self._key, digest) + body
@@ -206,20 +216,20 @@ class Chain:
         if self._end == 0 and len(data) >= len(_MAGIC):
             at = self._end = len(_MAGIC)
         try:
-            for frame in _frames(data, at, self._digests[-1]):
+            for frame in _frames(data, at, self._digest(self._records)):
                 if self._keyed and not hmac.compare_digest(_tag(self._key, frame.digest), frame.tag):
-                    damaged = f"record {len(self._digests)} was not written with this ledger's key"
+                    damaged = f"record {self._records + 1} was not written with this ledger's key"
                     break
-                damaged = f"record {len(self._digests)} does not follow from those before it"
+                damaged = f"record {self._records + 1} does not follow from those before it"
                 body = json.loads(frame.body)
                 if body["time"] < self._time:
                     break
-                self._take(len(self._digests), body)
+                self._take(self._records + 1, body)
                 damaged, self._time = "", body["time"]
-                self._digests.append(frame.digest)
+                self._digests += frame.digest
                 self._end, at = self._end + frame.end - at, frame.end
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            damaged = damaged or f"record {len(self._digests)} is damaged"
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError):
+            damaged = damaged or f"record {self._records + 1} is damaged"
         if damaged := damaged or self._against_head(begun):
             raise Refused(
                 f"{self.path}: {damaged}, so what was spent cannot be known: bring its files back from a copy, or "
@@ -239,7 +249,7 @@ class Chain:
         """What is wrong with a ledger, begun or not, that goes as far as was read; empty if nothing is."""
         try:
             sequence, digest, tag = json.loads(self._head_path.read_bytes())
-            if self._digests[max(0, sequence)].hex() != digest:
+            if self._digest(max(0, sequence)).hex() != digest:
                 return f"record {sequence} is not the one that its head file names"
             if self._keyed and not hmac.compare_digest(self._head_tag(Head(sequence, digest)), tag):
                 return "its head file was not written with this ledger's key"
@@ -247,6 +257,6 @@ class Chain:
         except FileNotFoundError:
             return "its head file is missing" if begun else ""
         except IndexError:
-            return f"it ends after record {len(self._digests) - 1}, its head file names {sequence}"
+            return f"it ends after record {self._records}, its head file names {sequence}"
         except (ValueError, TypeError, AttributeError):
             return "its head file is damaged"

@@ -4,12 +4,14 @@ Guarantee: whatever byte or moment a crash cuts it at, the account that is read 
 Where a step was reserved and nobody said what came of it, it counts as spent.
 """
 
+from array import array
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from privacy import standing
+from privacy import shared_records, standing
+from privacy.book import Book, Charge, Places
 from privacy.chain import Chain, Head
 from privacy.plan import Mechanism
 from privacy.refused import Refused
@@ -18,12 +20,17 @@ from privacy.standing import TESTS, Account, Standing, Window
 __all__ = ["TESTS", "Account", "Head", "Ledger", "Standing", "Window"]
 
 
-class _Attempt(NamedTuple):
-    number: int
-    round: int
-    mechanism: Mechanism
-    steps: int
-    time: int
+class _Run:
+    """What a run has charged, by account: 16 bytes for each that was open when it last charged one."""
+
+    def __init__(self) -> None:
+        self.steps, self.rounds, self.attempts = array("q"), array("i"), array("i")
+
+    def make_room(self, places: Places) -> None:
+        more = max(places) + 1 - len(self.steps)
+        if more > 0:
+            for one in (self.steps, self.rounds, self.attempts):
+                one.extend([0] * more)
 
 
 class Ledger:
@@ -35,17 +42,17 @@ class Ledger:
     def __init__(self, path: Path, keep: bool = False, keyed: bool = True) -> None:
         """keep: also keep the bodies of all records, in `records`. keyed: see privacy.chain.Chain."""
         self.path = path
-        self.accounts: dict[Account, Standing] = {}
+        self.accounts = Book()
         self.records: list[dict[str, Any]] | None = [] if keep else None
-        self._numbers: dict[Account, int] = {}  # the sequence number of an account's first OPEN: its short name
-        self._names: dict[int, Account] = {}
-        self._open: dict[tuple[str, Account], list[_Attempt]] = {}  # reservations without COMMIT or VOID, by run
-        self._charged: Counter[tuple[str, Account]] = Counter()
-        self._last: dict[tuple[str, Account], tuple[int, int]] = {}  # (round, attempt) of the newest reservation
+        self._numbers: dict[int, int] = {}  # of the record that opened an account by itself -> its place
+        self._openings: dict[int, int] = {}  # and back
+        self._runs: dict[str, _Run] = {}
+        self._open: dict[tuple[str, int, int], dict[int, tuple[Charge, ...]]] = {}
+        """Reservations without COMMIT or VOID, by run, round and attempt."""
         self.seen: dict[Account, Head] = {}
         """The last head of the ledger at the other side of each account."""
         self._adopted: set[Head] = set()  # heads beyond what could be read, whose spending was charged by `adopt`
-        self._untouched: set[tuple[str, int, Account]] = set()  # reserved here: their data cannot have been touched
+        self._untouched: dict[tuple[str, int], set[Account]] = {}  # reserved here: their data cannot have been touched
         self.chain = Chain(path, self._take, keyed)
 
     def read(self) -> Head:
@@ -58,43 +65,42 @@ class Ledger:
         accounts: Mapping[Account, tuple[float | None, float]],
         window: Window | None = None,
         data: Mapping[Account, str] = {},
+        durable: bool = True,
     ) -> None:
         """Open each account with (budget, delta) and `window`. They stay as they are from then on; an account that was
         opened without a budget, or without a window, takes the first one it is given. Raises Refused for another one.
 
         data: keyed digests of the accounts' data; each that is not the last one seen is written down as evidence.
+        durable: False where a reservation follows, which is.
         """
         with self.chain.held() as file:
-            bodies: list[dict[str, Any]] = []
+            wanted: dict[Account, dict[str, Any]] = {}
             for account, (budget, delta) in accounts.items():
                 if not standing.valid(budget, delta, window):
                     raise Refused(
                         f"an account needs a budget above 0 and a delta between 0 and 1, not {budget}, {delta}"
                         + (f" (in a window: {window})" if window else "")
                     )
-                known = self.accounts.get(account)
-                if known is not None:
+                limit = window
+                if account in self.accounts:
+                    known = self.accounts.standing(account)
                     terms = self.terms(account, budget, window)
                     if (known.budget, known.delta, known.window) == terms:
                         continue
                     budget, delta, limit = terms
-                else:
-                    limit = window
-                bodies.append({"kind": "OPEN", **account._asdict(), "budget": budget, "delta": delta, "window": limit})
-            self.chain.append(file, bodies)
-            self.chain.append(
-                file,
-                [
-                    {"kind": "DATA", "account": self._numbers[account], "digest": digest}
-                    for account, digest in data.items()
-                    if account in self.accounts and digest != self.accounts[account].digest
-                ],
-            )
+                wanted[account] = {"budget": budget, "delta": delta, "window": limit}
+            self.chain.append(file, list(opening(wanted)), durable)
+            changed = {
+                account: digest
+                for account, digest in data.items()
+                if account in self.accounts and digest != self.accounts.digest(account)
+            }
+            self.chain.append(file, list(self._seeing(changed)), durable)
 
     def over(self, asks: Mapping[Account, tuple[Mechanism, int]]) -> dict[Account, str]:
         """The accounts that cannot pay for these steps now, each with what is left of it."""
         with self.chain.held(write=False):
-            return standing.over(self.accounts, asks, self.chain.now)
+            return standing.over(self.accounts.of(asks), asks, self.chain.now)
 
     def reserve(
         self,
@@ -111,23 +117,33 @@ class Ledger:
         not come after all that were reserved. seen: heads of the ledgers at the other side, kept with it.
         """
         with self.chain.held() as file:
-            refused, bodies = standing.over(self.accounts, asks, self.chain.now), self._heads(seen)
+            refused, bodies = standing.over(self.accounts.of(asks), asks, self.chain.now), self._heads(seen)
+            alike: dict[tuple[int, Mechanism, int], list[Account]] = {}
             for account, (mechanism, steps) in asks.items():
                 if account in refused:
                     continue
-                last = self._last.get((run, account), (0, 0))
+                last = self.attempt(run, account)
                 if attempt and (number, attempt) <= last:
                     raise Refused(f"attempt {attempt} of round {number} was reserved before: it cannot be asked again")
                 name = attempt or (last[1] + 1 if last[0] == number else 1)
-                key = {"account": self._numbers[account], "run": run, "round": number, "attempt": name}
-                bodies.append({"kind": "RESERVE", **key, "mechanism": mechanism.figures, "steps": steps})
-            self.chain.append(file, bodies)
-        self._untouched |= {(run, number, account) for account in asks if account not in refused}
+                alike.setdefault((name, mechanism, steps), []).append(account)
+            groups = [
+                (
+                    accounts,
+                    {"run": run, "round": number, "attempt": name, "mechanism": mechanism.figures, "steps": steps},
+                )
+                for (name, mechanism, steps), accounts in alike.items()
+            ]
+            self.chain.append(file, [*bodies, *self.charging("RESERVE", groups)])
+        self._untouched.setdefault((run, number), set()).update(asks.keys() - refused.keys())
         return refused
 
     def attempt(self, run: str, account: Account) -> tuple[int, int]:
         """(round, attempt) of what the account last reserved for `run`; (0, 0): nothing yet."""
-        return self._last.get((run, account), (0, 0))
+        owner, (at,) = self._runs.get(run), self.accounts.places([account]) if account in self.accounts else (-1,)
+        if owner is None or not 0 <= at < len(owner.rounds):
+            return 0, 0
+        return owner.rounds[at], owner.attempts[at]
 
     def commit(self, run: str, number: int, taken: Mapping[Account, int], seen: Mapping[Account, Head] = {}) -> None:
         """COMMIT: of what these accounts last reserved, `taken` steps were released and no more can be.
@@ -142,21 +158,25 @@ class Ledger:
 
         Raises Refused for a reservation that was made by another process or is settled: its data may be touched.
         """
-        if any((run, number, account) not in self._untouched for account in accounts):
+        if not self._untouched.get((run, number), set()).issuperset(accounts):
             raise Refused(f"round {number} of run {run} may have touched data: what it reserved stays spent")
         self._settle("VOID", run, number, dict.fromkeys(accounts, 0), True, [])
 
     def of_run(self, run: str, account: Account) -> int:
         """Steps that `run` has charged to the account, as far as was read; void ones not counted."""
-        return self._charged[run, account]
+        if run not in self._runs or account not in self.accounts:
+            return 0
+        (at,), steps = self.accounts.places([account]), self._runs[run].steps
+        return steps[at] if at < len(steps) else 0
 
     def unanswered(self, run: str, committed: int) -> Counter[Account]:
         """Steps by account that `run` reserved for rounds after `committed`: they count as spent."""
         spent: Counter[Account] = Counter()
         with self.chain.held(write=False):
-            for (owner, account), attempts in self._open.items():
-                if owner == run:
-                    spent[account] += sum(attempt.steps for attempt in attempts if attempt.round > committed)
+            for (owner, number, _), pending in self._open.items():
+                if owner == run and number > committed:
+                    for at, charges in pending.items():
+                        spent[self.accounts.account(at)] += sum(charge.steps for charge in charges)
         return +spent
 
     def seal(self) -> Head:
@@ -174,7 +194,7 @@ class Ledger:
         self, account: Account, budget: float | None, window: Window | None
     ) -> tuple[float | None, float, Window | None]:
         """(budget, delta, window) of an open account once it is asked for these. Raises Refused for others than its."""
-        known = self.accounts[account]
+        known = self.accounts.standing(account)
         for what, has, asked in (("budget", known.budget, budget), ("window", known.window, window)):
             if None not in (has, asked) and has != asked:
                 shown = f"{has.epsilon:g} in {has.days:g} days" if isinstance(has, Window) else f"{has:g}"
@@ -186,22 +206,67 @@ class Ledger:
 
     def _heads(self, seen: Mapping[Account, Head]) -> list[dict[str, Any]]:
         return [
-            {"kind": "SEEN", "account": self._numbers[account], "head": head}
+            body
             for account, head in seen.items()
             if head != self.seen.get(account)
+            for body in self.charging("SEEN", [([account], {"head": head})])
         ]
+
+    def places(self, body: Mapping[str, Any]) -> Places:
+        """The accounts that a record is about. Raises ValueError or KeyError where they are not open."""
+        if "account" in body:
+            return [self._numbers[body["account"]]]
+        return shared_records.places(body["accounts"], len(self.accounts))
+
+    def charging(
+        self, kind: str, groups: Iterable[tuple[Collection[Account], dict[str, Any]]]
+    ) -> Iterator[dict[str, Any]]:
+        """Records of that kind: what is alike for the accounts of each group, in their order."""
+        known = [(self.accounts.places(accounts), rest) for accounts, rest in groups]
+        numbers = self._own_numbers([at for places, _ in known for at in places])
+        for places, rest in known:
+            if numbers is None:
+                yield from shared_records.charging(kind, places, rest)
+            else:
+                yield from ({"kind": kind, "account": numbers[at], **rest} for at in places)
+
+    def _seeing(self, digests: Mapping[Account, str]) -> Iterator[dict[str, Any]]:
+        places = self.accounts.places(digests)
+        if (numbers := self._own_numbers(places)) is None:
+            yield from shared_records.seeing(dict(zip(places, digests.values(), strict=True)))
+        else:
+            for at, digest in zip(places, digests.values(), strict=True):
+                yield {"kind": "DATA", "account": numbers[at], "digest": digest}
+
+    def _own_numbers(self, places: Places) -> dict[int, int] | None:
+        """Each account's number, where all are few enough for records of their own, and have one; else None."""
+        if len(places) > shared_records.ALONE:
+            return None
+        if any(at not in self._openings for at in places):
+            return None
+        return {at: self._openings[at] for at in places}
 
     def _settle(
         self, kind: str, run: str, number: int, taken: Mapping[Account, int], durable: bool, more: list[dict[str, Any]]
     ) -> None:
         with self.chain.held() as file:
-            bodies = list(more)
+            alike: dict[tuple[int, int], list[Account]] = {}
             for account, steps in taken.items():
-                attempt = self._last[run, account][1]
-                key = {"account": self._numbers[account], "run": run, "round": number, "attempt": attempt}
-                bodies.append({"kind": kind, **key, **({"steps": steps} if kind == "COMMIT" else {})})
-            self.chain.append(file, bodies, durable)
-        self._untouched -= {(run, number, account) for account in taken}
+                if not (attempt := self.attempt(run, account)[1]):
+                    raise KeyError(account)
+                alike.setdefault((attempt, steps), []).append(account)
+            groups = [
+                (
+                    accounts,
+                    {"run": run, "round": number, "attempt": attempt} | ({"steps": steps} if kind == "COMMIT" else {}),
+                )
+                for (attempt, steps), accounts in alike.items()
+            ]
+            self.chain.append(file, [*more, *self.charging(kind, groups)], durable)
+        if left := self._untouched.get((run, number)):
+            left.difference_update(taken)
+            if not left:
+                del self._untouched[run, number]
 
     def _take(self, sequence: int, body: dict[str, Any]) -> None:
         """Take one record in. Raises ValueError or KeyError when it does not follow from those before it."""
@@ -209,11 +274,12 @@ class Ledger:
             case "OPEN":
                 self._take_open(sequence, body)
             case "DATA":
-                account = self.accounts[self._names[body["account"]]]
-                account.changes += account.digest not in ("", body["digest"])
-                account.digest = body["digest"]
+                digests = [body["digest"]] if "digest" in body else body["digests"]
+                for at, digest in zip(self.places(body), digests, strict=True):
+                    self.accounts.see(at, digest)
             case "SEEN":
-                self.seen[self._names[body["account"]]] = Head(*body["head"])
+                for at in self.places(body):
+                    self.seen[self.accounts.account(at)] = Head(*body["head"])
             case "ADOPT":
                 self._adopted |= {Head(*head) for head in body["heads"]}
             case kind:
@@ -222,32 +288,59 @@ class Ledger:
             self.records.append(body)
 
     def _take_open(self, sequence: int, body: dict[str, Any]) -> None:
-        account, budget = Account(body["unit"], body["client"], body["dataset"]), body["budget"]
+        budget, delta = body["budget"], body["delta"]
         window = None if body["window"] is None else Window(*body["window"])
-        if not standing.valid(budget, body["delta"], window):
+        if not standing.valid(budget, delta, window):
             raise ValueError("no terms")
-        if (known := self.accounts.get(account)) is None:
-            self.accounts[account] = Standing(budget, body["delta"], window)
-            self._numbers[account], self._names[sequence] = sequence, account
-        elif known.delta != body["delta"] or (known.budget or budget, known.window or window) != (budget, window):
-            raise ValueError("terms are fixed")
-        else:
-            known.budget, known.window = budget, window
+        alone = "client" in body
+        for client in [body["client"]] if alone else body["clients"]:
+            account = Account(body["unit"], client, body["dataset"])
+            if account in self.accounts:
+                known = self.accounts.standing(account)
+                if known.delta != delta or (known.budget or budget, known.window or window) != (budget, window):
+                    raise ValueError("terms are fixed")
+                self.accounts.open(account, budget, delta, window)
+            else:
+                at = self.accounts.open(account, budget, delta, window)
+                if alone:
+                    self._numbers[sequence], self._openings[at] = at, sequence
 
     def _take_spending(self, kind: str, body: dict[str, Any]) -> None:
-        account, number, name = self._names[body["account"]], body["round"], body["attempt"]
-        spent, pending = self.accounts[account], self._open.setdefault((body["run"], account), [])
+        places, run, key = self.places(body), body["run"], (body["run"], body["round"], body["attempt"])
         if kind == "RESERVE" and body["steps"] > 0:
-            attempt = _Attempt(name, number, Mechanism(*body["mechanism"]), body["steps"], body["time"])
-            pending.append(attempt)
-            spent.add(attempt.mechanism, attempt.steps, attempt.time)
-            spent.last = attempt.mechanism, attempt.steps
-            self._charged[body["run"], account] += attempt.steps
-            self._last[body["run"], account] = max(self.attempt(body["run"], account), (number, name))
-        else:
-            (attempt,) = (each for each in pending if (each.number, each.round) == (name, number))
-            if kind not in ("COMMIT", "VOID") or not 0 <= (taken := body.get("steps", 0)) <= attempt.steps:
-                raise ValueError("no such record")
-            pending.remove(attempt)
-            spent.add(attempt.mechanism, taken - attempt.steps, attempt.time)
-            self._charged[body["run"], account] += taken - attempt.steps
+            charge = Charge(Mechanism(*body["mechanism"]), body["steps"], body["time"])
+            pending, owner = self._open.setdefault(key, {}), self._runs.setdefault(run, _Run())
+            owner.make_room(places)
+            for at in places:
+                pending[at] = (*pending.get(at, ()), charge)
+                owner.steps[at] += charge.steps
+                owner.rounds[at], owner.attempts[at] = max((owner.rounds[at], owner.attempts[at]), key[1:])
+            self.accounts.charge(places, charge, charge.steps, last=True)
+            return
+        taken, pending = body.get("steps", 0), self._open.get(key, {})
+        alike: dict[Charge, list[int]] = {}
+        for at in places:
+            (charge,) = pending.get(at, ())
+            alike.setdefault(charge, []).append(at)
+        if kind not in ("COMMIT", "VOID") or any(not 0 <= taken <= charge.steps for charge in alike):
+            raise ValueError("no such record")
+        for charge, settled in alike.items():
+            self.accounts.charge(settled, charge, taken - charge.steps)
+            for at in settled:
+                del pending[at]
+                self._runs[run].steps[at] += taken - charge.steps
+        if not pending:
+            del self._open[key]
+
+
+def opening(wanted: Mapping[Account, dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """OPEN records of these accounts on these terms."""
+    if len(wanted) <= shared_records.ALONE:
+        yield from ({"kind": "OPEN", **account._asdict(), **terms} for account, terms in wanted.items())
+        return
+    alike: dict[tuple[Any, ...], list[str]] = {}
+    for account, terms in wanted.items():
+        alike.setdefault((account.unit, account.dataset, *terms.values()), []).append(account.client)
+    for (unit, dataset, budget, delta, window), clients in alike.items():
+        terms = {"budget": budget, "delta": delta, "window": window}
+        yield from shared_records.opening(unit, dataset, clients, terms)

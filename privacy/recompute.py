@@ -50,30 +50,42 @@ def accounts(bodies: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     Every reservation counts: in full, or as its COMMIT says; one with a VOID not at all.
     """
-    opened: dict[int, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []  # in the order in which accounts were opened
+    opened: dict[int, int] = {}  # by the record that opened one by itself
+    known: dict[tuple[str, str, str], int] = {}
+    spent: list[dict[tuple[float, ...], int]] = []
     reserved: dict[tuple[int, str, int, int], tuple[tuple[float, ...], int]] = {}
     for sequence, body in enumerate(bodies, 1):
         if body["kind"] == "OPEN":
-            who = {key: body[key] for key in ("unit", "client", "dataset")}
-            if all({key: row[key] for key in who} != who for row in opened.values()):
-                opened[sequence] = {**who, "epsilon": 0.0, "delta": body["delta"]}
+            for client in body["clients"] if "clients" in body else [body["client"]]:
+                who = (body["unit"], client, body["dataset"])
+                if who not in known:
+                    known[who] = len(rows)
+                    opened |= {sequence: len(rows)} if "client" in body else {}
+                    names = dict(zip(("unit", "client", "dataset"), who, strict=True))
+                    rows.append({**names, "epsilon": 0.0, "delta": body["delta"]})
+                    spent.append({})
         if body["kind"] not in ("RESERVE", "COMMIT", "VOID"):
             continue  # evidence: of data, of the other side's ledger, of an adoption
-        key = (body["account"], body["run"], body["round"], body["attempt"])
-        if body["kind"] == "RESERVE":
-            reserved[key] = tuple(body["mechanism"]), body["steps"]
-        else:
-            reserved[key] = reserved[key][0], body["steps"] if body["kind"] == "COMMIT" else 0
-    known: dict[Any, float] = {}  # where one mechanism runs for all, their accounts are alike
-    for number, row in opened.items():
-        steps: dict[tuple[float, ...], int] = {}
-        for key, (mechanism, count) in reserved.items():
-            if key[0] == number and count:
+        ranges = body["accounts"] if "accounts" in body else [[opened[body["account"]]] * 2]
+        if any(first < 0 for first, _ in ranges):
+            raise ValueError(f"record {sequence} is about accounts that are not there")
+        for at in (at for first, last in ranges for at in range(first, last + 1)):
+            key = (at, body["run"], body["round"], body["attempt"])
+            steps = spent[at]
+            if body["kind"] == "RESERVE":
+                reserved[key] = mechanism, count = tuple(body["mechanism"]), body["steps"]
                 steps[mechanism] = steps.get(mechanism, 0) + count
-        if (alike := (frozenset(steps.items()), row["delta"])) not in known:
-            known[alike] = _epsilon(steps, row["delta"])
-        row["epsilon"] = known[alike]
-    return list(opened.values())
+            else:
+                mechanism, count = reserved.pop(key)
+                steps[mechanism] -= count - (body["steps"] if body["kind"] == "COMMIT" else 0)
+    alike: dict[Any, float] = {}  # where one mechanism runs for all, their accounts are alike
+    for row, steps in zip(rows, spent, strict=True):
+        counts = {mechanism: count for mechanism, count in steps.items() if count}
+        if (which := (frozenset(counts.items()), row["delta"])) not in alike:
+            alike[which] = _epsilon(counts, row["delta"])
+        row["epsilon"] = alike[which]
+    return rows
 
 
 def _epsilon(steps: dict[tuple[float, ...], int], delta: float) -> float:

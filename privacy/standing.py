@@ -91,23 +91,29 @@ def over(
 ) -> dict[Account, str]:
     """Who cannot pay for these steps now -> what is left of it.
 
-    All are asked at once by Renyi's bound, and only whom it would refuse exactly (accounting.may_join).
+    Accounts that share a standing and ask alike are asked once; all at once by Renyi's bound, and only whom it would
+    refuse exactly (accounting.may_join).
     """
-    claims: list[tuple[Account, History, float]] = []
-    for account, (mechanism, steps) in asks.items():
-        standing, more = standings[account], Counter({mechanism: steps})
+    kinds: dict[tuple[int, tuple[Mechanism, int]], Standing] = {}
+    for account, ask in asks.items():
+        standing = standings[account]
+        kinds.setdefault((id(standing), ask), standing)
+    claims: list[tuple[tuple[int, tuple[Mechanism, int]], History, float, float]] = []
+    for kind, standing in kinds.items():
+        mechanism, steps = kind[1]
+        more = Counter({mechanism: steps})
         accounting.one_adjacency([mechanism, *+standing.history])
         if standing.budget is not None:
-            claims.append((account, standing.history + more, standing.budget))
+            claims.append((kind, standing.history + more, standing.delta, standing.budget))
         if standing.window is not None:
-            claims.append((account, standing.recent(now) + more, standing.window.epsilon))
-    granted = accounting.may_join(
-        [history for _, history, _ in claims],
-        [standings[account].delta for account, _, _ in claims],
-        [b for _, _, b in claims],
-    )
-    short = dict.fromkeys(account for (account, _, _), fits in zip(claims, granted, strict=True) if not fits)
-    return {account: _why(standings[account], asks[account], now) for account in short}
+            claims.append((kind, standing.recent(now) + more, standing.delta, standing.window.epsilon))
+    _, histories, deltas, limits = zip(*claims, strict=True) if claims else ((), (), (), ())
+    granted = accounting.may_join(histories, deltas, limits)
+    short = {kind: "" for (kind, *_), fits in zip(claims, granted, strict=True) if not fits}
+    short = {kind: _why(kinds[kind], kind[1], now) for kind in short}
+    if not short:
+        return {}
+    return {account: short[kind] for account, ask in asks.items() if (kind := (id(standings[account]), ask)) in short}
 
 
 def rounds_left(standing: Standing, ask: tuple[Mechanism, int], now: float) -> int | None:

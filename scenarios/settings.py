@@ -184,6 +184,9 @@ class Fleet(Section):
 class Evaluation(Section):
     on: Literal["server", "clients"] = Field("server", description="who holds the test data")
     every: int = Field(1, ge=1, description="evaluate after every so many rounds, and at the end")
+    fraction: float = Field(
+        1.0, gt=0, le=1, description="clients: share of the fleet that is asked, drawn anew each time"
+    )
     epsilon: float | None = Field(
         None,
         gt=0,

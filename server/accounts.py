@@ -6,9 +6,12 @@ import secrets
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from clients.roster import examples
 from clients.task import Charge, Hello, Reply, Task
 from privacy import accounting, heads
 from privacy.chain import Head
@@ -17,11 +20,13 @@ from privacy.ledger import TESTS, Account, Ledger, Window
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios import Scenario
+from scenarios.numbered import named
 from scenarios.settings import Settings
 from server import peers
 from server.record import RunFolder
 from server.select import round_steps
 from server.select import secret as secret_draw
+from server.spent_file import large
 from server.state import Row, ServerState
 
 
@@ -38,6 +43,8 @@ class Cost(NamedTuple):
     """Of a whole round."""
     by_round: bool = False
     """Whether a round costs `steps` however many local steps the client takes."""
+    delta: float = 0.0
+    """At which the account is opened, where it is not yet."""
 
     def of(self, taken: int) -> int:
         """What a round of so many local steps costs."""
@@ -64,6 +71,25 @@ class Asks(Mapping[str, tuple[Cost, ...]]):
 
 
 @dataclass(frozen=True)
+class Late:
+    """What an account is opened with when it is charged first: a fleet of a million is never asked all of it."""
+
+    budget: float | None
+    window: Window | None
+    digest: Callable[[Account], str]
+    """Of the data that the account is about; empty where another account of the client has it."""
+
+    def open(self, ledger: Ledger, run: str, costs: Collection[Cost]) -> None:
+        """Open, or hold to its terms, each of these accounts that `run` has not charged yet.
+
+        Raises Refused for one that another run has opened with another budget since this one began.
+        """
+        new = {cost.account: (self.budget, cost.delta) for cost in costs if not any(ledger.attempt(run, cost.account))}
+        data = {one: digest for one in new if (digest := self.digest(one))}
+        ledger.open(new, self.window, data, durable=False)
+
+
+@dataclass(frozen=True)
 class Accounts:
     """What makes a round durable: its reservations in the ledger, its outcome in the run folder.
 
@@ -82,6 +108,8 @@ class Accounts:
     """What an evaluation costs every client's test examples, and how many the run may make."""
     private: bool = False
     """Nobody may know who was drawn: heads of the devices' own ledgers go into privacy.heads, not into records."""
+    late: Late | None = None
+    """How accounts are opened by the first round that charges them; None: all are open."""
     _heard: dict[str, Head] = field(default_factory=dict)
     """Heads of the devices' own ledgers since the last commit, by client."""
     _kept: dict[Account, Head] = field(default_factory=dict)
@@ -96,12 +124,14 @@ class Accounts:
         if self.ledger is None:
             return {}
         costs = {cost.account: cost for name in steps for cost in self.asks[name]}
+        self._open(costs.values())
         wanted = {account: (cost.mechanism, cost.of(steps[account.client])) for account, cost in costs.items()}
         refused = self.ledger.reserve(self.run, number, wanted)
         why = {account.client: f"ledger: epsilon {left}" for account, left in refused.items()}
         if refused and len(steps) - len(why) < self.minimum:
             self.ledger.void(self.run, number, wanted.keys() - refused.keys())
             everyone = [cost for costs in self.asks.values() for cost in costs]
+            self._open(everyone)
             over = self.ledger.over({cost.account: (cost.mechanism, cost.steps) for cost in everyone})
             if len(self.asks) - len({account.client for account in over}) < self.minimum:
                 raise Exhausted(_who(over))
@@ -142,6 +172,10 @@ class Accounts:
             self._keep(seen)
         self._heard.clear()
 
+    def _open(self, costs: Collection[Cost]) -> None:
+        if self.late is not None and self.ledger is not None:
+            self.late.open(self.ledger, self.run, costs)
+
     def _keep(self, heard: Mapping[Account, Head]) -> None:
         assert self.ledger is not None
         known = heads.keep(self.ledger, heard)
@@ -159,6 +193,7 @@ class Accounts:
             if self.ledger.of_run(self.run, cost.account) >= most
         }
         costs = {cost.account: cost for name, (cost, _) in known.items() if name not in why}
+        self._open(costs.values())
         refused = self.ledger.reserve(self.run, number, {a: (c.mechanism, c.steps) for a, c in costs.items()})
         paid = costs.keys() - refused.keys()
         self.ledger.commit(self.run, number, {account: costs[account].steps for account in paid})
@@ -174,7 +209,8 @@ class Accounts:
         lost = self.ledger.unanswered(self.run, committed)
         return {
             name: (lost[costs[0].account], sum(lost[cost.account] for cost in costs[1:]))
-            for name, costs in self.asks.items()
+            for name in sorted({account.client for account in lost} & self.asks.keys())
+            if (costs := self.asks[name])
         }
 
     def cost(self, client: str, which: int = 0, tests: bool = False) -> Cost | None:
@@ -192,6 +228,9 @@ class Accounts:
         """{epsilon_total, delta_total, budget}: an account over the ledger's life; null without a ledger."""
         if self.ledger is None or cost is None:
             return {"epsilon_total": None, "delta_total": None, "budget": None}
+        if cost.account not in self.ledger.accounts:  # it was never charged
+            budget = self.late.budget if self.late else None
+            return {"epsilon_total": 0.0, "delta_total": cost.delta, "budget": budget}
         standing = self.ledger.accounts[cost.account]
         return {"epsilon_total": standing.epsilon, "delta_total": standing.delta, "budget": standing.budget}
 
@@ -235,19 +274,33 @@ def prepared(
             )
     ledger, asks = Ledger(path), costs(scenario, settings, roster, plans)
     examined = {name: (cost, tests[name].steps) for name, cost in test_costs(scenario, tests).items()}
-    budget, opened = settings.privacy.budget, dict[Account, tuple[float | None, float]]()
-    for name, plan in plans.items():
-        opened |= {cost.account: (budget, part.delta) for cost, part in zip(asks[name], plan.parts, strict=True)}
-    opened |= {cost.account: (budget, tests[name].delta) for name, (cost, _) in examined.items()}
     ledger.read()
-    met = {asks[name][0].account: head for name in plans if (head := roster[name].head) is not None}
-    peers.check(ledger, roster, before, met)
-    for cost in (cost for paid in asks.values() for cost in paid):
-        known = ledger.accounts.get(cost.account)
-        accounting.one_adjacency([cost.mechanism, *(+known.history if known else ())])
-    ledger.open(opened, window(settings), {asks[name][0].account: roster[name].digest for name in plans})
+    many, met = large(named(roster)), dict[Account, Head]()
+    if many:  # they keep no ledgers of their own; one account is opened, so that the ledger has a head to be held to
+        known = {account.client for account in ledger.accounts}
+        who = [*(name for name in known if name in plans), *([] if known & plans.keys() else islice(plans, 1))]
+    else:
+        who = list(plans)
+        met = {asks[name][0].account: head for name in plans if (head := roster[name].head) is not None}
+        peers.check(ledger, roster, before, met)
+    paid = [cost for name in who for cost in asks[name]]
+    for cost in paid:
+        known_one = ledger.accounts.get(cost.account)
+        accounting.one_adjacency([cost.mechanism, *(+known_one.history if known_one else ())])
+    opened = {cost.account: (settings.privacy.budget, cost.delta) for cost in paid}
+    opened |= {
+        cost.account: (settings.privacy.budget, cost.delta)
+        for name, (cost, _) in examined.items()
+        if not many or cost.account in ledger.accounts
+    }
+    ledger.open(opened, window(settings), {asks[name][0].account: roster[name].digest for name in who})
     private = secret_draw(settings) or peers.once_secret(ledger)
-    made = Accounts(folder, max(1, settings.rounds.minimum), ledger, run, asks, examined, private)
+
+    def digest(account: Account) -> str:
+        return roster[account.client].digest if account == asks[account.client][0].account else ""
+
+    late = Late(settings.privacy.budget, window(settings), digest) if many else None
+    made = Accounts(folder, max(1, settings.rounds.minimum), ledger, run, asks, examined, private, late)
     if private:
         made._keep(met)
     return made
@@ -269,12 +322,18 @@ def costs(scenario: Scenario, settings: Settings, roster: Mapping[str, Hello], p
     """What a round costs the accounts of every client."""
     data = scenario.dataset or scenario.name
     unit = "example" if settings.privacy.unit == "both" else settings.privacy.unit
+    names, sizes = named(roster), examples(roster)
+
+    @lru_cache
+    def steps_of(size: int) -> int:
+        return round_steps(settings, size)
 
     def of(name: str, plan: Plan) -> tuple[Cost, ...]:
-        first = Cost(Account(unit, name, data), plan.mechanism, round_steps(settings, roster[name].examples))
+        steps = steps_of(int(sizes[names.place(name)]) if settings.privacy.by_example else 0)
+        first = Cost(Account(unit, name, data), plan.mechanism, steps, delta=plan.delta)
         if plan.whole is None:
             return (first,)
-        return first, Cost(Account("client", name, data), plan.whole.mechanism, 1, by_round=True)
+        return first, Cost(Account("client", name, data), plan.whole.mechanism, 1, True, plan.whole.delta)
 
     return Asks(plans, of)
 
@@ -283,7 +342,7 @@ def test_costs(scenario: Scenario, tests: Mapping[str, Plan]) -> dict[str, Cost]
     """What a noised evaluation costs every client's test examples, which are others than those it trains on."""
     data = (scenario.dataset or scenario.name) + TESTS
     return {
-        name: Cost(Account("example", name, data), plan.mechanism, 1, by_round=True) for name, plan in tests.items()
+        name: Cost(Account("example", name, data), plan.mechanism, 1, True, plan.delta) for name, plan in tests.items()
     }
 
 

@@ -107,6 +107,8 @@ def _summary(report: Report) -> Iterator[str]:
     seconds = report["seconds"]
     if not _same(seconds["total"], seconds["rounds"] + seconds["references"] + seconds["export"]):
         yield "seconds.total is not the sum of the others"
+    if (seconds.get("evaluation") or 0) > seconds["total"]:
+        yield "seconds.evaluation is more than seconds.total, of which it is a part"
 
 
 def _most(clients: Sequence[Mapping[str, Any]], account: str) -> float | None:

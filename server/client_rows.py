@@ -1,9 +1,9 @@
-"""clients.jsonl: the report's rows of single clients where they are many; report.json then has the file's digest."""
+"""Rows of single clients beside the report where they are many; report.json then has their file's digest."""
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,31 @@ from privacy.durable import sync_folder
 from privacy.refused import Refused
 from server.spent_file import LISTED
 
-FILE = "clients.jsonl"
+LISTS = (("privacy", "clients"), ("fleet", "left_out"), ("fleet", "unevaluated"))
+"""Section and name of each list; its file is NAME.jsonl, of which the section says in NAME_file."""
 
 
 def put_aside(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
-    """`report` as report.json is to hold it: of more clients than LISTED the rows go into the file, before it."""
-    rows = report["privacy"]["clients"]
-    if len(rows) <= LISTED:
-        return {**report}
-    partial, digest, size = folder / f"{FILE}.partial", hashlib.sha256(), 0
+    """`report` as report.json is to hold it: a list of more than LISTED rows goes into its file, before it."""
+    made = {**report}
+    for section, name in LISTS:
+        if len(rows := made[section][name]) > LISTED:
+            aside = _written(folder, f"{name}.jsonl", rows)
+            made[section] = {**made[section], name: [], f"{name}_file": aside}
+    return made
+
+
+def whole(report: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`report` with the rows that were put aside. Raises Refused where a file is missing or another one."""
+    made = {**report}
+    for section, name in LISTS:
+        if (aside := made[section].get(f"{name}_file")) is not None:  # an older Umbel does not say
+            made[section] = {**made[section], name: _read(folder / f"{name}.jsonl", aside), f"{name}_file": None}
+    return made
+
+
+def _written(folder: Path, name: str, rows: Sequence[Any]) -> dict[str, Any]:
+    partial, digest, size = folder / f"{name}.partial", hashlib.sha256(), 0
     with partial.open("wb") as file:
         for row in rows:
             line = json.dumps(row, separators=(",", ":")).encode() + b"\n"
@@ -27,17 +43,13 @@ def put_aside(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
             size += file.write(line)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(folder / FILE)
+    partial.replace(folder / name)
     sync_folder(folder)
-    aside = {"file": FILE, "rows": len(rows), "bytes": size, "sha256": digest.hexdigest()}
-    return {**report, "privacy": {**report["privacy"], "clients": [], "clients_file": aside}}
+    return {"file": name, "rows": len(rows), "bytes": size, "sha256": digest.hexdigest()}
 
 
-def whole(report: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`report` with the rows that were put aside. Raises Refused where the file is missing or another one."""
-    if (aside := report["privacy"].get("clients_file")) is None:  # an older Umbel does not say
-        return report
-    path, digest, rows = folder / FILE, hashlib.sha256(), list[Any]()
+def _read(path: Path, aside: Mapping[str, Any]) -> list[Any]:
+    digest, rows = hashlib.sha256(), list[Any]()
     try:
         with path.open("rb") as file:
             for line in file:
@@ -47,4 +59,4 @@ def whole(report: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise Refused(f"{path} does not read ({type(error).__name__}): it has the report's rows of clients") from None
     if digest.hexdigest() != aside["sha256"] or len(rows) != aside["rows"]:
         raise Refused(f"{path} is not the file that the report speaks of: it was changed, or is of another run")
-    return {**report, "privacy": {**report["privacy"], "clients": rows, "clients_file": None}}
+    return rows

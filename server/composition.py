@@ -32,45 +32,43 @@ def beside(path: str | None, run: str | None, sequence: int) -> Beside:
         return Beside(None, None)
     ledger = Ledger(Path(path), keep=True)
     ledger.read()
-    records = (ledger.records or [])[:sequence]
-    reserved = [record for record in records if record["kind"] == "RESERVE"]
-    mine = {record["account"] for record in reserved if record["run"] == run}
-    others = {record["run"] for record in reserved if record["account"] in mine} - {run}
-    return Beside(len(others), _lost(records, run))
+    reserved = [record for record in (ledger.records or [])[:sequence] if record["kind"] == "RESERVE"]
+    mine = {at for record in reserved if record["run"] == run for at in ledger.places(record)}
+    theirs = (record for record in reserved if record["run"] != run)
+    others = {record["run"] for record in theirs if not mine.isdisjoint(ledger.places(record))}
+    return Beside(len(others), _lost(ledger, sequence, run))
 
 
-def _lost(records: Sequence[Record], run: str) -> int:
+def _lost(ledger: Ledger, sequence: int, run: str) -> int:
     """A round's clients are committed together: an attempt of which none was, nor all made void, was cut off."""
-    tests = {
-        number
-        for number, record in enumerate(records, 1)
-        if record["kind"] == "OPEN" and record["dataset"].endswith(TESTS)  # an evaluation is no round
-    }
     kinds: dict[tuple[int, int], Counter[str]] = {}
-    for record in records:
-        if record.get("run") == run and record["account"] not in tests:
-            kinds.setdefault((record["round"], record["attempt"]), Counter())[record["kind"]] += 1
+    for record in (ledger.records or [])[:sequence]:
+        if record.get("run") == run:
+            of = [ledger.accounts.account(at) for at in ledger.places(record)]
+            if count := sum(not account.dataset.endswith(TESTS) for account in of):  # an evaluation is no round
+                kinds.setdefault((record["round"], record["attempt"]), Counter())[record["kind"]] += count
     return sum(not found["COMMIT"] and found["VOID"] < found["RESERVE"] for found in kinds.values())
 
 
-def histories(records: Sequence[Record]) -> dict[Account, Counter[Mechanism]]:
-    """What every account had spent after these records: each reservation in full, or what settled it says."""
-    accounts: dict[int, Account] = {}
-    spent: dict[tuple[Any, ...], tuple[Mechanism, int]] = {}
-    for sequence, record in enumerate(records, 1):
-        if record["kind"] == "OPEN":
-            accounts[sequence] = Account(record["unit"], record["client"], record["dataset"])
-        if record["kind"] not in ("RESERVE", "COMMIT", "VOID"):
+def histories(ledger: Ledger, sequence: int) -> dict[Account, Counter[Mechanism]]:
+    """What every account had spent after that record: each reservation in full, or what settled it says.
+
+    ledger: read, with its records kept.
+    """
+    found: dict[int, Counter[Mechanism]] = {}
+    pending: dict[tuple[Any, ...], tuple[Mechanism, int]] = {}
+    for record in (ledger.records or [])[:sequence]:
+        if (kind := record["kind"]) not in ("RESERVE", "COMMIT", "VOID"):
             continue  # terms and evidence cost nothing
-        key = record["account"], record["run"], record["round"], record["attempt"]
-        if record["kind"] == "RESERVE":
-            spent[key] = Mechanism(*record["mechanism"]), record["steps"]
-        elif key in spent:
-            spent[key] = spent[key][0], record.get("steps", 0)
-    found: dict[Account, Counter[Mechanism]] = {}
-    for (number, *_), (mechanism, steps) in spent.items():
-        found.setdefault(accounts[number], Counter())[mechanism] += steps
-    return found
+        name = record["run"], record["round"], record["attempt"]
+        for at in ledger.places(record):
+            if kind == "RESERVE":
+                pending[at, *name] = mechanism, steps = Mechanism(*record["mechanism"]), record["steps"]
+                found.setdefault(at, Counter())[mechanism] += steps
+            else:
+                mechanism, steps = pending.pop((at, *name))
+                found[at][mechanism] -= steps - record.get("steps", 0)
+    return {ledger.accounts.account(at): history for at, history in found.items()}
 
 
 def refusals(rows: Sequence[Record]) -> list[Record]:

@@ -90,10 +90,14 @@ def _cost(run: results.Report) -> RenderableType:
     clock = fleet["simulated_seconds"]
     wall = units.duration(run["seconds"]["total"])
     table.add_row("Time", wall if clock is None else f"{wall} here, {units.duration(clock)} on the fleet's clock")
+    if (share := results.evaluation_share(run)) is not None:
+        table.add_row("Evaluation", f"{units.percent(share)} of it")
     if left_out := fleet["left_out"]:
         most = ", ".join(f"{e['name']} {e['times']}x ({units.printable(e['reason'])})" for e in left_out[:3])
         more = f" and {len(left_out) - 3} more in the report" if len(left_out) > 3 else ""
         table.add_row("Left out most often", Text(most + more))
+    if aside := fleet.get("left_out_file"):
+        table.add_row("Left out", f"{aside['rows']} clients and reasons: {aside['file']}")
     return table
 
 

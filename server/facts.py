@@ -69,7 +69,9 @@ def collect(
             "deadline": settings.fleet.deadline,
             "simulated_seconds": None if select.secret(settings) else state.clock or None,
             "left_out": _left_out(rows),
+            "left_out_file": None,
             "unevaluated": _unevaluated(rows, final),
+            "unevaluated_file": None,
             "runtime": runtime,
             "engine": cohort.told(settings, select.cohort_size(len(roster), settings), alone=runtime == "deployment")
             | {"trained": engine.summed(rows)},
@@ -79,7 +81,7 @@ def collect(
         "settings": values,
         "changed": {name: value for name, value in values.items() if value != defaults[name]},
         "seeds": _seeds(settings),
-        "seconds": {**seconds, "total": sum(seconds.values())},
+        "seconds": {**seconds, "total": seconds["rounds"] + seconds["references"] + seconds["export"]},
     }
 
 

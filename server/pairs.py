@@ -37,6 +37,11 @@ def check(settings: Settings) -> None:
             "evaluation.epsilon noises what clients say of their test data in a run with DP: set evaluation.on=clients "
             "and a privacy.unit, or leave it out"
         )
+    if evaluation.fraction < 1 and (evaluation.on == "server" or evaluation.epsilon or settings.sums_tests):
+        raise Refused(
+            f"evaluation.fraction={evaluation.fraction:g} asks some clients for results that each says by itself: set "
+            "evaluation.on=clients, without evaluation.epsilon and with protect=none, or leave it at 1"
+        )
     if privacy.bands == 1:
         return
     if privacy.unit != "client":

@@ -35,7 +35,7 @@ def check(
 
 def once_secret(ledger: Ledger) -> bool:
     """Whether a round of any run was drawn in secret: from then on a device's head tells how often it was drawn."""
-    drawn = (standing for account, standing in ledger.accounts.items() if account.unit == "client")
+    drawn = (standing for unit, standing in ledger.accounts.distinct() if unit == "client")
     return heads.place(ledger).exists() or any(
         mechanism.sampling_rate < 1 for standing in drawn for mechanism in standing.history
     )

@@ -39,6 +39,13 @@ _ROW_KEYS = (
 )
 
 
+def evaluation_share(report: Report) -> float | None:
+    """Of a run's time; None in a report of an older Umbel."""
+    seconds = report["seconds"]
+    known = seconds.get("evaluation") is not None and seconds["total"] > 0
+    return seconds["evaluation"] / seconds["total"] if known else None
+
+
 def load(folder: Path) -> Report:
     """report.json of a run folder, whole. Raises Refused when it is missing, truncated or of another schema."""
     path = folder / "report.json"

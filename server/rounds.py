@@ -4,7 +4,7 @@ Legend: P is the number of weights; K the number of clients.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -15,13 +15,13 @@ from clients import cohort, coordinates, scaffold, upload
 from clients.coordinates import Coordinates
 from clients.roster import Sizes, examples
 from clients.task import Hello, Reply, Task
-from privacy import accounting, cohort_noise, noise_shares
+from privacy import cohort_noise, noise_shares
 from privacy.matrix_noise import BandedNoise
 from privacy.plan import Plan
 from scenarios.numbered import named
 from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
-from server import combine, gather, replies, select, step
+from server import combine, gather, replies, rows, select, step
 from server.plans import planned
 from server.spendings import Spendings, spendings
 from server.state import Row, Score, ServerState, Spent
@@ -73,7 +73,7 @@ def rounds(
     names = named(roster)
     plans, sizes = planned(plans, names) if plans else {}, examples(roster)
     state = replace(state, clients=spendings(state.clients, names))
-    worst = worst_epsilon(state, plans)
+    worst = rows.worst_epsilon(state, plans)
     combined, server_step = combine.resolve(settings.server), step.resolve(settings.server)
     shares = gather.shares(settings, plans)
     central = central_noise(plans, settings) if settings.privacy.by_client and not shares else None
@@ -99,7 +99,7 @@ def rounds(
         tasks = [journal.charged(task) for task in tasks]
 
         # train; what comes back is decoded and checked one by one, and combined as it comes
-        row = _new_row(state, number, chosen, down * len(tasks)) | {"engine": engine(len(tasks))}
+        row = rows.begun(state, number, chosen, down * len(tasks)) | {"engine": engine(len(tasks))}
         accepted: dict[str, int] = {}
         ask = partial(replies.counted, fleet, row)
         good = partial(replies.good, tasks=tasks, roster=roster, journal=journal, row=row, accepted=accepted)
@@ -133,7 +133,7 @@ def rounds(
 
         # server step
         lost = None if select.secret(settings) else row["reason"]  # it would tell how many were drawn
-        row["reason"] = lost or _too_few(chosen, accepted, len(names), settings)
+        row["reason"] = lost or rows.too_few(chosen, accepted, len(names), settings)
         if update is not None and row["reason"] is None:
             try:
                 whole = update if shared is None else coordinates.spread(update, shared, len(state.weights))
@@ -149,10 +149,9 @@ def rounds(
         taken = accepted if settings.privacy.unit in ("none", "example") else chosen.paid  # a round is paid for whole
         state = _advance(state, settings, number, chosen, accepted, taken, row)
         if select.secret(settings):
-            _withhold(row, traffic, select.cohort_size(len(names), settings) if chosen.paid else 0, engine)
-        row["loss"], row["accuracy"], row["worst_client_accuracy"], missing = score(state)
-        row["unevaluated"] = [{"name": name, "reason": reason} for name, reason in sorted(missing.items())]
-        row["epsilon"] = worst = worst_epsilon(state, plans, chosen.paid, worst)
+            rows.withhold(row, traffic, select.cohort_size(len(names), settings) if chosen.paid else 0, engine)
+        row |= rows.scored(score, state)
+        row["epsilon"] = worst = rows.worst_epsilon(state, plans, chosen.paid, worst)
         row["seconds"] = time.monotonic() - began
         journal.commit(state, row, taken)
         yield state, row
@@ -162,24 +161,6 @@ def rate(local: Local, number: int, rounds_number: int) -> float:
     """The local learning rate of round `number`; recovery rounds after the last begin anew, without decay."""
     progress = (number - 1) / max(1, rounds_number - 1) if number <= rounds_number else 0.0
     return local.rate * (1 - local.decay * progress)
-
-
-def worst_epsilon(
-    state: ServerState, plans: Mapping[str, Plan], of: Collection[str] | None = None, least: float | None = None
-) -> float | None:
-    """The largest epsilon that any client has spent so far; None without DP.
-
-    of: who has spent since it was `least`.
-    """
-    if not plans:
-        return None
-    known = state.clients.names if isinstance(state.clients, Spendings) else named({*plans, *state.clients})
-    table = planned(plans, known)
-    spent = spendings(state.clients, table.names)
-    at = np.flatnonzero(table.which >= 0) if of is None else spent.places(of)
-    kinds = dict.fromkeys(zip(table.which[at].tolist(), spent.rows["steps"][at].tolist(), strict=True))
-    found = (accounting.epsilon({table.kinds[kind].mechanism: steps}, table.kinds[kind].delta) for kind, steps in kinds)
-    return max([least or 0.0, *found])
 
 
 def _task(
@@ -253,48 +234,6 @@ def central_noise(plans: Mapping[str, Plan], settings: Settings) -> cohort_noise
 def _random(settings: Settings, number: int) -> np.random.Generator:
     seed = settings.privacy.noise_seed
     return cohort_noise.generator(None if seed is None else derive(seed, "noise", number))
-
-
-def _too_few(chosen: select.Cohort, accepted: Mapping[str, int], clients: int, settings: Settings) -> str | None:
-    """Why the round is not applied. Under client-level DP the draw decides: replies would give names away.
-
-    With noise in shares replies do: who came is no secret, and without their noise nothing may be released.
-    """
-    if settings.privacy.by_shares:
-        least, came = max(settings.rounds.minimum, select.least_summed(clients, settings)), len(accepted)
-        missing = f"{came} noised updates came, {least} are needed for the noise that was charged"
-        return chosen.reason or (missing if came < least else None)
-    if select.by_turns(settings):
-        least = max(1, settings.rounds.minimum)
-        return f"fewer than {least} clients could be asked" if len(chosen.paid) < least else None
-    if settings.privacy.by_client:
-        few = chosen.drawn < settings.rounds.minimum
-        return chosen.reason or (f"fewer than {settings.rounds.minimum} clients were drawn" if few else None)
-    least = max(settings.rounds.minimum, combine.least(settings.server))
-    return f"{len(accepted)} good replies, {least} are needed" if len(accepted) < least else None
-
-
-def _withhold(row: Row, traffic: tuple[int, int], expected: int, engine: Callable[[int], Row]) -> None:
-    """What would tell who was drawn stays out of the row; bytes are those of the cohort expected."""
-    row.update(cohort=[], replies=None, rejected=[], late=[], skipped=[], simulated_seconds=None)
-    row.update(bytes_up=expected * traffic[1], bytes_down=expected * traffic[0])
-    row["engine"] = engine(expected)
-
-
-def _new_row(state: ServerState, number: int, chosen: select.Cohort, down: int) -> Row:
-    return {
-        "round": number,
-        "phase": state.phase,
-        "cohort": sorted([*chosen.steps, *chosen.late, *(entry["name"] for entry in chosen.skipped)]),
-        "replies": 0,
-        "rejected": [],
-        "late": list(chosen.late),
-        "skipped": chosen.skipped,
-        "applied": False,
-        "reason": None,
-        "bytes_up": 0,
-        "bytes_down": down,
-    }
 
 
 def _advance(

@@ -276,9 +276,11 @@ def _ship(job: Job, state: ServerState, compared: Mapping[str, Any]) -> dict[str
     recovered, recovery = _recover(job, state, final)
     shipped = edge.ship(job.node, job.folder.path, final, recovered, recovery, job.progress.status)
     after = recovered or state
+    scoring = time.monotonic()
     at_end = job.score(replace(after, weights=final, layout=layout(job.node.template)))
-    rows = job.folder.rows()
+    scoring, rows = time.monotonic() - scoring, job.folder.rows()
     seconds = {
+        "evaluation": scoring + sum(row.get("seconds_evaluation", 0.0) for row in rows),
         "rounds": sum(row["seconds"] for row in rows),
         "references": compared["seconds"],
         "export": time.monotonic() - began - sum(row["seconds"] for row in rows if row["round"] > state.round),

@@ -56,8 +56,8 @@ class Client(Account):
     tests: Account | None
 
 
-class ClientsFile(Closed):
-    file: Literal["clients.jsonl"]
+class RowsFile(Closed):
+    file: Literal["clients.jsonl", "left_out.jsonl", "unevaluated.jsonl"]
     rows: Count
     bytes: Count
     sha256: Sha256
@@ -76,7 +76,7 @@ class Privacy(Closed):
     update_clip: Amount | None
     ledger: Ledger
     clients: list[Client]
-    clients_file: ClientsFile | None = None  # an older Umbel does not say
+    clients_file: RowsFile | None = None  # an older Umbel does not say
     worst_epsilon: Amount | None
     median_epsilon: Amount | None
     worst_whole_epsilon: Amount | None
@@ -138,7 +138,9 @@ class Fleet(Closed):
     deadline: float
     simulated_seconds: float | None
     left_out: list[LeftOut]
+    left_out_file: RowsFile | None = None  # an older Umbel does not say
     unevaluated: list[LeftOut]
+    unevaluated_file: RowsFile | None = None
     runtime: str
     engine: Engine
 
@@ -169,6 +171,7 @@ class Seconds(Closed):
     references: float
     export: float
     total: float
+    evaluation: float | None = None  # an older Umbel does not say
 
 
 class Report(Closed):

@@ -61,7 +61,7 @@ def scorer(
             return lambda state: _by_noised_clients(fleet, tests, journal, state, hidden)
         if summed is not None:
             return lambda state: _by_sum(fleet, summed, state, hidden)
-        return lambda state: _by_clients(fleet, names, state, hidden)
+        return lambda state: _by_clients(fleet, select.evaluated(names, node.settings, state.round), state, hidden)
     assert test is not None
 
     def by_server(state: ServerState) -> Score:

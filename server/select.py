@@ -92,6 +92,15 @@ def least_evaluated(clients: int, settings: Settings) -> int:
     return settings.protect.minimum or max(masking.LEAST, -(-clients // 2))
 
 
+def evaluated(names: Sequence[str], settings: Settings, number: int) -> Sequence[str]:
+    """Who is asked for test results after round `number`: all, or a draw that everybody may know."""
+    if settings.evaluation.fraction == 1:
+        return names
+    size = max(1, round(settings.evaluation.fraction * len(names)))
+    random = np.random.default_rng(derive(settings.run.seed, "evaluation", number))
+    return [names[at] for at in sorted(random.choice(len(names), size, replace=False).tolist())]
+
+
 def honest(clients: int, settings: Settings) -> int:
     """Fewest honest clients in such a sum: their noise is what is charged where noise comes in shares."""
     return least_summed(clients, settings) - settings.privacy.colluding
@@ -128,7 +137,7 @@ def cohort(
         if not able(roster, plans, spent, settings).all():
             chosen.reason = "budget: epsilon does not allow another round"
             return chosen
-        whole_round = {name: round_steps(settings, roster[name].examples) if by_example else 1 for name in plans}
+        whole_round = _whole_rounds(roster, settings, plans)
     drawn = _drawn(names, settings, number)
     chosen.drawn = len(drawn)
     simulated = fleet.clock == "simulated"
@@ -172,6 +181,16 @@ def cohort(
     asked = dict.fromkeys(chosen.steps, 1) if plans and not by_example else chosen.steps
     chosen.paid = whole_round if by_client else asked
     return chosen
+
+
+def _whole_rounds(roster: Mapping[str, Hello], settings: Settings, plans: Mapping[str, Plan]) -> dict[str, int]:
+    """Steps that a whole round costs every client with a plan."""
+    if not settings.privacy.by_example:
+        return dict.fromkeys(plans, 1)
+    kinds, back = np.unique(examples(roster), return_inverse=True)
+    cost = [round_steps(settings, size) if size else 0 for size in kinds.tolist()]
+    names = named(roster)
+    return {name: cost[back[names.place(name)]] for name in plans}
 
 
 def can_pay(plan: Plan, spent: Spent, steps: int) -> bool:

@@ -13,12 +13,13 @@ def data(settings: Settings) -> Federation:
     """Every client's rows, made when asked for."""
     workload = Workload.read(Path(settings.run.data))
     names = Numbered(workload.clients)
-    validation = Examples(*(part[:1] for part in workload.test()))
+    test = Examples(*workload.test())
+    validation = Examples(test.x[:1].clone(), test.y[:1].clone())
     return Federation(
         sizes=ByName(names, lambda at: workload.examples),
         client=lambda name: Examples(*workload.local(names.place(name))),
         validation=validation,
-        test=Examples(*workload.test()),
+        test=test,
     )
 
 

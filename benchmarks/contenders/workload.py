@@ -6,10 +6,12 @@ Legend: P is the number of weights, R of rounds, K of clients asked a round, N o
 """
 
 import json
+import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,20 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+def _rows(path: str, first: int, count: int) -> np.ndarray[Any, Any]:
+    """Rows of an array in a file, read and not mapped: what was mapped counts as memory of whoever has looked at it."""
+    file, start, dtype, shape = _opened(path)
+    size = dtype.itemsize * math.prod(shape)
+    return np.frombuffer(os.pread(file, count * size, start + first * size), dtype).reshape(count, *shape)
+
+
+@lru_cache
+def _opened(path: str) -> tuple[int, int, np.dtype[Any], tuple[int, ...]]:
+    """(its descriptor, where its first row begins, dtype, shape of a row)."""
+    array = np.lib.format.open_memmap(path, mode="r")
+    return os.open(path, os.O_RDONLY), array.offset, array.dtype, array.shape[1:]
+
+
 @dataclass(frozen=True)
 class Workload:
     """What is to be done in a round; the arrays lie in the folder of the file that `read` took."""
@@ -93,10 +109,6 @@ class Workload:
         return np.asarray(np.load(Path(self.folder) / f"{name}.npy", mmap_mode="r"))  # np.memmap is slow to cut
 
     @cached_property
-    def _data(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        return self.array("x"), self.array("y")
-
-    @cached_property
     def cohorts(self) -> np.ndarray[Any, Any]:
         return self.array("cohorts")
 
@@ -107,8 +119,8 @@ class Workload:
     def local(self, client: int) -> tuple[Tensor, Tensor]:
         """(x (N, ...), y (N,)) of one client: it has N rows on end."""
         first = 0 if self.shared else client * self.examples
-        rows = slice(first, first + self.examples)
-        return self._tensors(self._data[0][rows], self._data[1][rows])
+        x, y = (_rows(str(Path(self.folder) / f"{name}.npy"), first, self.examples) for name in ("x", "y"))
+        return self._tensors(x, y)
 
     def test(self) -> tuple[Tensor, Tensor]:
         return self._tensors(self.array("x_test"), self.array("y_test"))

@@ -37,7 +37,7 @@ TEXT = r"""{% extends "page" %}
 {% endfor %}
 </tbody></table></div>
 {% if final.evaluated_by == "clients" %}
-<p class="note">The clients evaluated, each on its own test data; the mean is weighted by their test examples{% if final.worst_client_accuracy is not none %}, and the worst client reached {{ final.worst_client_accuracy|percent }}{% endif %}. These figures are not covered by differential privacy.</p>
+<p class="note">{% if run.settings.get("evaluation.fraction", 1) < 1 %}{{ run.settings["evaluation.fraction"]|percent }} of the{% else %}The{% endif %} clients evaluated, each on its own test data; the mean is weighted by their test examples{% if final.worst_client_accuracy is not none %}, and the worst client reached {{ final.worst_client_accuracy|percent }}{% endif %}. These figures are not covered by differential privacy.</p>
 {% elif final.worst_client_accuracy is not none %}
 <p class="note">The worst client reached {{ final.worst_client_accuracy|percent }}.</p>
 {% endif %}
@@ -92,7 +92,7 @@ TEXT = r"""{% extends "page" %}
 <dl>
 <dt>Bytes up</dt><dd>{{ run.bytes.up|size }} from clients to the server</dd>
 <dt>Bytes down</dt><dd>{{ run.bytes.down|size }} from the server to clients</dd>
-<dt>Wall clock</dt><dd>{{ run.seconds.total|duration }}: rounds {{ run.seconds.rounds|duration }}, references {{ run.seconds.references|duration }}, edge models {{ run.seconds.export|duration }}</dd>
+<dt>Wall clock</dt><dd>{{ run.seconds.total|duration }}: rounds {{ run.seconds.rounds|duration }}, references {{ run.seconds.references|duration }}, edge models {{ run.seconds.export|duration }}{% if evaluated is not none %}; evaluation took {{ evaluated|percent }} of it{% endif %}</dd>
 <dt>Fleet</dt><dd>{{ times(fleet.clients, "client") }}, profile {{ fleet.profile }}, {{ "%s a round at most"|format(fleet.deadline|duration) if fleet.deadline else "no deadline" }}, runtime {{ fleet.runtime }}</dd>
 <dt>Simulated time</dt><dd>{% if fleet.simulated_seconds is none %}not simulated: it takes a fleet profile or a deadline{% else %}{{ fleet.simulated_seconds|duration }} on the fleet's clock{% endif %}</dd>
 </dl>

@@ -33,7 +33,7 @@ def rounds_of(run: Path) -> list[dict[str, Any]]:
     """The rows without wall times."""
     path = run / "rounds.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if not key.startswith("seconds")} for line in lines]
 
 
 def kill_after(run: Path, command: list[str], rounds: int, delay: float) -> None:

@@ -57,7 +57,7 @@ def embedded(path: Path, way: str, until: int = 99) -> Path:
 
 def rows(path: Path) -> list[Row]:
     lines = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in lines]
 
 
 def assert_same(one: Path, other: Path, but: str = "") -> None:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from privacy import adopt as adoption
-from privacy import recompute
+from privacy import recompute, shared_records
 from privacy.adopt import adopt
 from privacy.chain import Head
 from privacy.ledger import Account, Ledger, Window
@@ -23,6 +23,12 @@ from privacy.refused import Refused
 A, B = Account("example", "a", "wards"), Account("example", "b", "wards")
 STEP, OTHER = Mechanism(1.0, 10.0), Mechanism(0.2, 2.0)
 DELTA = 1e-3
+
+
+@pytest.fixture(autouse=True, params=[shared_records.ALONE, 0], ids=["single", "shared"])
+def _records(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test holds whether accounts have records of their own or share them."""
+    monkeypatch.setattr(shared_records, "ALONE", request.param)
 
 
 def read(path: Path, keyed: bool = True) -> Ledger:

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from privacy import accounting, chain, durable, recompute
+from privacy import accounting, chain, durable, recompute, shared_records
 from privacy.chain import Head
 from privacy.ledger import Account, Ledger
 from privacy.plan import Mechanism
@@ -21,6 +23,12 @@ from privacy.refused import Refused
 A, B = Account("example", "a", "digits"), Account("example", "b", "digits")
 STEP = Mechanism(1.0, 10.0)
 DELTA = 1e-3
+
+
+@pytest.fixture(autouse=True, params=[shared_records.ALONE, 0], ids=["single", "shared"])
+def _records(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test holds whether accounts have records of their own or share them."""
+    monkeypatch.setattr(shared_records, "ALONE", request.param)
 
 
 def opened(path: Path, budget: float | None = None) -> Ledger:
@@ -124,6 +132,45 @@ def test_terms_that_mean_nothing_are_refused(tmp_path: Path, terms: tuple[float,
 def test_a_ledger_that_was_never_written_is_empty(tmp_path: Path) -> None:
     assert Ledger(tmp_path / "l.ledger").read().sequence == 0
     assert not list(tmp_path.iterdir())
+
+
+def test_accounts_that_are_charged_alike_share_their_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_records, "ALONE", 100)
+    accounts = [Account("example", f"client-{at:05}", "digits") for at in range(10_000)]
+    made = Ledger(path := tmp_path / "l.ledger")
+    made.open(dict.fromkeys(accounts, (None, DELTA)), data={one: f"{at:064x}" for at, one in enumerate(accounts)})
+    opening = made.chain.head.sequence
+    made.reserve("run", 1, ask(3, *accounts))
+    made.commit("run", 1, dict.fromkeys(accounts[:5000], 3) | dict.fromkeys(accounts[5000:9990], 1))
+    assert opening < 30
+    assert made.chain.head.sequence == opening + 3
+    made.reserve("run", 2, ask(2, accounts[9995]))  # few, but without records of their own
+    found = Ledger(path)
+    found.read()
+    assert [sum(found.accounts[one].history.values()) for one in accounts] == [3] * 5000 + [1] * 4990 + [3] * 5 + [
+        5
+    ] + [3] * 4
+    assert found.accounts[accounts[77]].digest == f"{77:064x}"
+    assert found.unanswered("run", 1) == {accounts[9995]: 2}
+    cost = {count: accounting.epsilon({STEP: count}, DELTA) for count in (1, 3, 5)}
+    recomputed = [row["epsilon"] for row in recompute.accounts(recompute.records(path))]
+    assert recomputed[4999:5001] + recomputed[9995:9996] == pytest.approx([cost[3], cost[1], cost[5]], rel=1e-3)
+
+
+def test_accounts_that_stand_alike_share_one_standing_that_never_changes(tmp_path: Path) -> None:
+    """Whoever was charged as often by one mechanism stands alike: there are as many standings as counts."""
+    accounts = [Account("example", f"client-{at:05}", "digits") for at in range(5_000)]
+    made, random = Ledger(tmp_path / "l.ledger"), np.random.default_rng(1)
+    made.open(dict.fromkeys(accounts, (None, DELTA)))
+    before = made.accounts.of(accounts)
+    for number in range(1, 9):
+        asked = ask(3, *(accounts[at] for at in sorted(random.choice(5_000, 1_000, replace=False))))
+        made.reserve("run", number, asked)
+        made.commit("run", number, dict.fromkeys(asked, 3))
+    standings = {id(one): one for one in made.accounts.of(accounts).values()}
+    hours = {at for one in standings.values() for at, _ in one.dated}
+    assert len(standings) <= 9 ** len(hours)
+    assert {sum(one.history.values()) for one in before.values()} == {0}
 
 
 # ---- what a disk or an editor does ----
@@ -265,7 +312,8 @@ def test_a_change_of_data_is_written_down_as_evidence_and_spending_stays(tmp_pat
     found = Ledger(path)
     found.read()
     assert (found.accounts[A].digest, found.accounts[A].changes, found.accounts[B].changes) == ("one", 2, 0)
-    assert [body["digest"] for body in recompute.records(path) if body["kind"] == "DATA"] == ["one", "two", "one"]
+    told = [body for body in recompute.records(path) if body["kind"] == "DATA"]
+    assert [body.get("digest") or body["digests"][0] for body in told] == ["one", "two", "one"]
     assert steps(path) == 3
 
 
@@ -311,17 +359,20 @@ def test_a_file_that_shrinks_while_it_is_used_is_refused(tmp_path: Path) -> None
 def test_a_record_that_does_not_follow_is_refused_though_its_digest_fits(tmp_path: Path) -> None:
     path = tmp_path / "l.ledger"
     made = opened(path)
-    key = {"account": 1, "run": "run", "round": 1, "attempt": 1}
-    for body in (
-        {"kind": "COMMIT", **key, "steps": 0},
-        {"kind": "VOID", **key},
-        {"kind": "RESERVE", **key, "mechanism": [1.0, 5.0], "steps": -4},
-        {"kind": "RESERVE", **key, "account": 9, "mechanism": [1.0, 5.0], "steps": 4},
-        {"kind": "REFUND", **key},
-    ):
-        shutil.copytree(
-            tmp_path, other := tmp_path.parent / f"{tmp_path.name}-{body['kind']}-{len(body)}-{body['account']}"
-        )
+    whose = {"account": 1} if shared_records.ALONE else {"accounts": [[0, 0]]}
+    rest = {"run": "run", "round": 1, "attempt": 1}
+    asked = {"kind": "RESERVE", **rest, "mechanism": [1.0, 5.0], "steps": 4}
+    bodies: list[dict[str, Any]] = [
+        {"kind": "COMMIT", **whose, **rest, "steps": 0},
+        {"kind": "VOID", **whose, **rest},
+        asked | whose | {"steps": -4},
+        asked | {"account": 9},
+        {"kind": "REFUND", **whose, **rest},
+        *(asked | {"accounts": ranges} for ranges in ([], [[0, 2]], [[1, 0]], [[-1, 0]], [[0, 0], [0, 1]], [[0, 1e9]])),
+        {"kind": "DATA", "accounts": [[0, 1]], "digests": ["d"]},
+    ]
+    for number, body in enumerate(bodies):
+        shutil.copytree(tmp_path, other := tmp_path.parent / f"{tmp_path.name}-{number}")
         forged = Ledger(other / path.name)
         forged.chain._take = lambda sequence, body: None
         with forged.chain.held() as file:

@@ -152,7 +152,7 @@ class Kept(NoJournal):
         return {}
 
     def commit(self, state: ServerState, row: Row, taken: object) -> None:
-        self.rows.append({name: value for name, value in row.items() if name != "seconds"})
+        self.rows.append({name: value for name, value in row.items() if not name.startswith("seconds")})
 
 
 @dataclass

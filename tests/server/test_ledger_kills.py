@@ -19,21 +19,22 @@ import numpy as np
 import pytest
 
 from clients.task import Hello, Reply, Task
-from privacy import chain, durable, ledger, standing
+from privacy import book, chain, durable, ledger, shared_records, standing
 from privacy.chain import Head
 from privacy.ledger import Account, Ledger
 from privacy.plan import Mechanism, Plan
 from scenarios.settings import Settings, override
 from server import accounts, record, rounds
-from server.accounts import Accounts, Cost
+from server.accounts import Accounts, Cost, Late
 from server.record import RunFolder
 from server.state import Score, ServerState
 
 NAMES, ROUNDS, ASKED, TAKEN = ("a", "b"), 2, 10, {"a": 4, "b": 10}
 STEP = Mechanism(1.0, 10.0)
-BY_BYTECODE = {module.__file__ for module in (chain, durable, ledger, standing, accounts, record)}
+BY_BYTECODE = {module.__file__ for module in (chain, durable, ledger, book, standing, accounts, record)}
 BY_LINE = {rounds.__file__}
-SETTINGS = override(Settings(), f"privacy.unit=example rounds.number={ROUNDS} local.steps={ASKED}")
+CUT = "fleet.clock=wall fleet.deadline=9"  # who takes fewer steps than asked was cut by it
+SETTINGS = override(Settings(), f"privacy.unit=example rounds.number={ROUNDS} local.steps={ASKED} {CUT}")
 PLAN = Plan(STEP, 1.0, 1e6, 1e-3, 1000)
 KNOWN = {name: Account("example", name, "made") for name in NAMES}
 
@@ -55,13 +56,15 @@ class Told:
             yield Reply(task.round, task.client, payload, 20, TAKEN[task.client], head=Head(task.round, "5e" * 32))
 
 
-def work(home: Path) -> None:
-    """What a run does, round by round."""
+def work(home: Path, late: bool) -> None:
+    """What a run does, round by round. late: accounts are opened by the round that charges them first."""
     with RunFolder.create(home / "run", "made", SETTINGS) as folder:
         book = Ledger(home / "l.ledger")
-        book.open(dict.fromkeys(KNOWN.values(), (None, 1e-3)), data=dict.fromkeys(KNOWN.values(), "d"))
-        asks = {name: (Cost(KNOWN[name], STEP, ASKED),) for name in NAMES}
-        journal, fleet = Accounts(folder, 1, book, "run", asks), Told(home / "told")
+        if not late:
+            book.open(dict.fromkeys(KNOWN.values(), (None, 1e-3)), data=dict.fromkeys(KNOWN.values(), "d"))
+        asks = {name: (Cost(KNOWN[name], STEP, ASKED, delta=1e-3),) for name in NAMES}
+        journal = Accounts(folder, 1, book, "run", asks, late=Late(None, None, lambda _: "d") if late else None)
+        fleet = Told(home / "told")
         state = ServerState(np.zeros(3, np.float32), (("w", (3,)),), {}, ROUNDS)
         plans = dict.fromkeys(NAMES, PLAN)
         for _ in rounds.rounds(fleet, fleet.hello(), plans, state, SETTINGS, journal, lambda _: Score(None, None)):
@@ -75,6 +78,7 @@ class Watch:
     """Counts the events; keeps the files of `home` where they differ from those of the event before, or kills."""
 
     home: Path
+    late: bool
     kill: int = 0
     events: int = 0
     states: list[tuple[int, dict[str, bytes]]] = field(default_factory=list)
@@ -107,7 +111,7 @@ def files(home: Path) -> dict[str, bytes]:
 def traced(watch: Watch) -> None:
     sys.settrace(watch)
     try:
-        work(watch.home)
+        work(watch.home, watch.late)
     finally:
         sys.settrace(None)
 
@@ -132,7 +136,9 @@ def check(home: Path, where: str) -> None:
             again = Accounts(folder, 1, book, "run", {name: (Cost(KNOWN[name], STEP, ASKED),) for name in NAMES})
             lost = again.unanswered(state.round if state else 0)
             for name in NAMES:
-                assert counted[name] + lost[name][0] >= released[name], f"{where}: the run forgets a release of {name}"
+                assert counted[name] + lost.get(name, (0, 0))[0] >= released[name], (
+                    f"{where}: the run forgets a release of {name}"
+                )
     book.open(dict.fromkeys(KNOWN.values(), (None, 1e-3)))
     book.reserve("later", 9, {KNOWN["a"]: (STEP, 1)})
     later = Ledger(home / "l.ledger")
@@ -140,9 +146,18 @@ def check(home: Path, where: str) -> None:
     assert sum(later.accounts[KNOWN["a"]].history.values()) == spent["a"] + 1
 
 
+@pytest.fixture(params=[False, True], ids=["opened before, single records", "opened late, shared records"])
+def late(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if late := bool(request.param):
+        monkeypatch.setattr(shared_records, "ALONE", 0)
+    return late
+
+
 @pytest.mark.slow
-def test_killed_at_any_bytecode_no_release_is_forgotten_and_at_most_one_counts_twice(tmp_path: Path) -> None:
-    watch = Watch(tmp_path / "whole")
+def test_killed_at_any_bytecode_no_release_is_forgotten_and_at_most_one_counts_twice(
+    tmp_path: Path, late: bool
+) -> None:
+    watch = Watch(tmp_path / "whole", late)
     watch.home.mkdir()
     traced(watch)
     assert watch.events > 10_000
@@ -157,8 +172,8 @@ def test_killed_at_any_bytecode_no_release_is_forgotten_and_at_most_one_counts_t
 
 
 @pytest.mark.slow
-def test_sigkill_wherever_the_files_change_leaves_such_a_state(tmp_path: Path) -> None:
-    watch = Watch(tmp_path / "whole")
+def test_sigkill_wherever_the_files_change_leaves_such_a_state(tmp_path: Path, late: bool) -> None:
+    watch = Watch(tmp_path / "whole", late)
     watch.home.mkdir()
     traced(watch)
     for event, _ in watch.states:
@@ -166,7 +181,7 @@ def test_sigkill_wherever_the_files_change_leaves_such_a_state(tmp_path: Path) -
         home.mkdir()
         if (child := os.fork()) == 0:
             try:
-                traced(Watch(home, event))
+                traced(Watch(home, late, event))
             finally:
                 os._exit(1)
         _, status = os.waitpid(child, 0)

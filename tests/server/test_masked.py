@@ -286,7 +286,10 @@ def test_under_a_secret_draw_neither_a_row_nor_what_is_told_shows_whether_the_su
         opened = {task.round for task in heard.asked if stage_of(task) is Stage.UNMASK}
         rows += [(row["round"] in opened, row) for row in heard.rows]
     assert {was for was, _ in rows} == {True, False}
-    shown = [{k: v for k, v in row.items() if k not in ("round", "seconds", "epsilon")} for _, row in rows]
+    shown = [
+        {k: v for k, v in row.items() if k not in ("round", "seconds", "seconds_evaluation", "epsilon")}
+        for _, row in rows
+    ]
     assert all(one == shown[0] for one in shown)
     assert shown[0]["applied"]
     assert {line.partition(", round ")[0] for line in told} == {

@@ -1,6 +1,7 @@
 """A fleet of any size: what it costs hangs on the cohort, and what comes of it is what a small fleet's files say."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -17,19 +18,20 @@ from torch import nn
 from clients import roster
 from clients.task import Hello
 from edge_export import bundle
-from privacy import accounting
-from privacy.ledger import Account, Ledger
+from privacy import accounting, shared_records
+from privacy.ledger import Account, Head, Ledger
 from privacy.plan import Mechanism, Plan
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario
 from scenarios.numbered import ByName, Listed, Numbered
 from scenarios.settings import Settings, override
-from server import client_rows, select, spent_file, verify
+from server import client_rows, console, results, select, spent_file, units, verify
 from server import run as job
 from server.embedded import EmbeddedFleet
 from server.record import RunFolder
 from server.report import MOST_CLIENTS
-from server.rounds import rounds, worst_epsilon
+from server.rounds import rounds
+from server.rows import worst_epsilon
 from server.score import NOTHING
 from server.spendings import Spendings
 from server.state import Row, ServerState, Spent, first_state
@@ -286,6 +288,118 @@ def test_the_ledgers_gate_lets_through_whom_it_would_let_through_alone(tmp_path:
     assert ledger.reserve("run", 1, asks).keys() == alone
 
 
+def ledger_of(path: Path) -> Ledger:
+    """The ledger of the run in `path`."""
+    found = Ledger(path.parent / f"{path.name}-state" / "simulations" / "made.ledger")
+    found.read()
+    return found
+
+
+def account(name: str, unit: str = "example") -> Account:
+    return Account(unit, name, "made")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "privacy.unit=example",
+        "privacy.unit=example evaluation.epsilon=3",
+        "privacy.unit=client privacy.epsilon=50 rounds.minimum=0",
+        "privacy.unit=both privacy.client_epsilon=40 rounds.minimum=0",
+    ],
+)
+@pytest.mark.parametrize("alone", [100, 0])
+def test_a_large_fleet_is_charged_what_a_listed_one_is(
+    text: str, alone: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where everyone is asked, so that no secret draw differs."""
+    monkeypatch.setattr(shared_records, "ALONE", alone)
+    text += " rounds.number=2 rounds.fraction=1 evaluation.every=1 privacy.budget=60"
+    text += " evaluation.on=clients" if "evaluation.epsilon" in text else ""
+    federated(tmp_path / "listed", text, until=2)
+    monkeypatch.setattr(spent_file, "LISTED", 10)
+    federated(tmp_path / "large", text, until=2)
+    large, listed = ledger_of(tmp_path / "large").accounts, ledger_of(tmp_path / "listed").accounts
+    assert large.keys() == listed.keys()
+    for one, standing in listed.items():
+        assert (large[one].history, large[one].budget, large[one].delta) == (
+            standing.history,
+            standing.budget,
+            standing.delta,
+        )
+        assert bool(large[one].digest) == bool(standing.digest)
+
+
+@pytest.mark.usefixtures("_large")
+def test_an_account_is_opened_by_the_round_that_charges_it_first(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    federated(path, "privacy.unit=example privacy.budget=60 rounds.fraction=0.2", until=1)
+    rows = committed_rows(path)
+    first = {*rows[0]["cohort"], "client-00"}  # the first is opened with the run, whose start names the ledger's head
+    assert {one.client for one in ledger_of(path).accounts} == first
+    told = json.loads((path / "start.json").read_text())["ledger"]
+    assert told["sequence"] > 0
+    assert ledger_of(path).holds(Head(told["sequence"], told["hash"]))
+    federated(path, "privacy.unit=example privacy.budget=60 rounds.fraction=0.2")
+    charged = {name for row in committed_rows(path) for name in row["cohort"]}
+    found = ledger_of(path)
+    assert {one.client for one in found.accounts} == {*charged, "client-00"} < {*Numbered(len(SIZES))}
+    assert {one.client for one, standing in found.accounts.items() if +standing.history} == charged
+    assert {len(standing.digest) for one, standing in found.accounts.items()} == {64}
+    clients = json.loads((path / "report.json").read_text())["privacy"]["clients"]
+    assert {row["name"]: row["epsilon_total"] for row in clients if row["name"] not in charged} == dict.fromkeys(
+        {*Numbered(len(SIZES))} - charged, 0.0
+    )
+    assert verify.check(path / "report.json").wrong == []
+
+
+@pytest.mark.usefixtures("_large")
+def test_a_budget_that_was_opened_otherwise_is_refused_before_anyone_trains(tmp_path: Path) -> None:
+    text = "privacy.unit=example rounds.fraction=0.2"
+    federated(tmp_path / "run", f"{text} privacy.budget=60", until=1)
+    shutil.copytree(tmp_path / "run-state", tmp_path / "other-state")
+    with pytest.raises(Refused, match="opened with a budget of 60"):
+        federated(tmp_path / "other", f"{text} privacy.budget=50")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.usefixtures("_large")
+def test_a_budget_that_another_run_gave_meanwhile_is_refused_by_the_round_that_meets_it(tmp_path: Path) -> None:
+    text = "privacy.unit=example rounds.fraction=1 privacy.budget=60"
+    path, scenario = tmp_path / "run", made()
+    settings = override(scenario.settings, f"run.state={tmp_path / 'run-state'} {text}")
+    with RunFolder.create(path, "made", settings) as folder:
+        prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, Quiet())
+        ledger_of(path).open({account("client-03"): (5.0, 1e-3)})
+        with pytest.raises(Refused, match="client-03 on made was opened with a budget of 5"):
+            job.run(prepared)
+    assert not any(+standing.history for standing in ledger_of(path).accounts.values())
+
+
+@pytest.mark.usefixtures("_large")
+@pytest.mark.parametrize("text", ["privacy.unit=example", "privacy.unit=client privacy.epsilon=50 rounds.minimum=0"])
+def test_a_round_of_a_large_fleet_that_was_cut_off_counts_as_spent(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    federated(path, text, until=1)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunFolder, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            federated(path, text)
+    state = federated(path, text)
+    unit = "client" if "unit=client" in text else "example"
+    counted = {name: spent.steps for name, spent in state.clients.items()}
+    ledger = {one.client: sum(standing.history.values()) for one, standing in ledger_of(path).accounts.items()}
+    assert {name: steps for name, steps in ledger.items() if steps} == counted
+    assert {one.unit for one in ledger_of(path).accounts} == {unit}
+    assert verify.check(path / "report.json").wrong == []
+
+
 @pytest.mark.parametrize(
     "text", ["privacy.unit=example", "privacy.unit=both privacy.client_epsilon=40 rounds.minimum=0"]
 )
@@ -308,9 +422,63 @@ def test_the_rows_of_many_clients_stand_beside_the_report_which_covers_them(
     assert any("clients.jsonl is not the file" in line for line in verify.check(path).wrong)
 
 
-def peak(clients: int, number: int = 3) -> float:
+def test_who_was_left_out_of_a_large_fleet_stands_beside_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its clients have no test data: nobody is evaluated."""
+    text = "faults.dropout=0.5 evaluation.on=clients"
+    federated(tmp_path / "listed", text)
+    monkeypatch.setattr(client_rows, "LISTED", 5)
+    path = tmp_path / "run"
+    federated(path, text)
+    listed = json.loads((tmp_path / "listed/report.json").read_text())["fleet"]
+    report = json.loads((path / "report.json").read_text())
+    assert report["fleet"]["left_out"] == report["fleet"]["unevaluated"] == []
+    found = client_rows.whole(report, path)["fleet"]
+    assert len(found["left_out"]) > 5
+    assert len(found["unevaluated"]) == len(SIZES)
+    assert {**found, "profile": ""} == {**listed, "profile": ""}
+    assert verify.check(path / "report.json").wrong == []
+    page = (path / "report.html").read_text()
+    assert all(entry["name"] in page for entry in found["unevaluated"])
+    console.summary(results.load(path), path)
+    assert "left_out.jsonl" in capsys.readouterr().out
+    (path / "left_out.jsonl").unlink()
+    assert any("left_out.jsonl does not read" in line for line in verify.check(path / "report.json").wrong)
+
+
+def test_a_part_of_the_clients_can_be_asked_for_test_results(tmp_path: Path) -> None:
+    """They have none, so that whoever is asked is named."""
+    federated(tmp_path / "run", "evaluation.on=clients evaluation.fraction=0.25", until=3)
+    asked = [[entry["name"] for entry in row["unevaluated"]] for row in committed_rows(tmp_path / "run")]
+    assert [len(names) for names in asked] == [5] * 3
+    assert asked[0] != asked[1]
+    federated(tmp_path / "again", "evaluation.on=clients evaluation.fraction=0.25", until=3)
+    assert committed_rows(tmp_path / "again") == committed_rows(tmp_path / "run")
+
+
+@pytest.mark.parametrize("text", ["", "evaluation.on=clients privacy.unit=example evaluation.epsilon=3"])
+def test_a_part_of_the_clients_is_not_asked_where_all_are_charged_or_none(text: str, tmp_path: Path) -> None:
+    with pytest.raises(Refused, match=r"evaluation\.fraction=0\.5 asks some clients"):
+        federated(tmp_path / "run", f"{text} evaluation.fraction=0.5")
+
+
+def test_what_evaluation_took_is_a_share_of_the_runs_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run"
+    federated(path)
+    report = results.load(path)
+    rows = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
+    assert all(0 < row["seconds_evaluation"] < row["seconds"] for row in rows)
+    assert sum(row["seconds_evaluation"] for row in rows) < report["seconds"]["evaluation"] < report["seconds"]["total"]
+    share = results.evaluation_share(report)
+    console.summary(report, path)
+    assert f"{units.percent(share)} of it" in capsys.readouterr().out
+    assert results.evaluation_share({"seconds": {"total": 3.0}}) is None, "an older Umbel does not say"
+
+
+def peak(clients: int, number: int = 3, text: str = "") -> float:
     """Bytes that a process takes at its peak for a run of the no-op benchmark, beyond what it took before."""
-    words = ["benchmarks/fleet.py", "--one", str(clients), "--rounds", str(number)]
+    words = ["benchmarks/fleet.py", "--one", str(clients), "--rounds", str(number), "--set", text]
     done = subprocess.run([sys.executable, *words], cwd=HOUSE, check=True, capture_output=True, text=True)
     return float(json.loads(done.stdout.splitlines()[-1])["bytes_a_client"]) * clients
 
@@ -325,3 +493,23 @@ def test_a_registered_client_takes_64_bytes_at_most() -> None:
 def test_memory_is_flat_over_the_rounds() -> None:
     few, many = (peak(20_000, number) for number in (3, 30))
     assert many - few < 4e6
+
+
+def test_a_registered_client_has_no_account_before_its_first_charge() -> None:
+    """Under example-level DP; an account of its own from the start took 2.7 kB."""
+    small, large = (peak(clients, 2, "privacy.unit=example") for clients in (10_001, 100_000))
+    assert (large - small) / 90_000 < 250
+
+
+@pytest.mark.slow
+def test_a_registered_client_of_a_million_takes_128_bytes_at_most_under_dp() -> None:
+    small, large = (peak(clients, 3, "privacy.unit=example") for clients in (100_000, 1_000_000))
+    assert (large - small) / 900_000 < 128
+
+
+@pytest.mark.slow
+def test_a_client_that_pays_in_every_round_takes_two_kilobytes() -> None:
+    """Under client-level DP, where all pay; it took 5 kB."""
+    text = "privacy.unit=client privacy.epsilon=50 rounds.minimum=0"
+    small, large = (peak(clients, 2, text) for clients in (10_001, 50_000))
+    assert (large - small) / 40_000 < 2_200

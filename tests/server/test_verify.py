@@ -21,6 +21,7 @@ MEASURED = {
     "fleet.engine.block",
     "fleet.engine.processes",
     "fleet.engine.threads",
+    "seconds.evaluation",
     "seconds.references",
     "edge.variants[].accuracy",
     "edge.variants[].latency_us",
