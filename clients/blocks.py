@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 import numpy as np
 
 from clients import messages, records, upload
-from clients.cohort import Weigh
+from clients.answers import Weigh
 from clients.records import ARRAYS, FIELDS, FLAT, PAYLOAD, PROTOCOL, REQUEST, SUM, ArrayRecord, RecordDict
 from clients.task import Reply, Summand, Task, Way
 from scenarios.settings import Local, Settings

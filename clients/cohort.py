@@ -7,37 +7,25 @@ the block's sum: then no single update is encoded, sent or read.
 How a client is trained, clients/ways.py says, and every reply carries it: under example-level DP by its rows where the
 model is a stack of linear layers (clients/private_stack.py), else through Opacus, one by one; without DP through Gram
 matrices where that pays (clients/gram.py), else through one model for all (clients/fused.py).
-
-Legend: P is the number of weights; K clients, R rows, B and T as in clients/gram.py.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from clients import fused, gram, leaving, placement, private_stack, sgd, stack, training, upload
-from clients.codecs import CodecError
-from clients.task import Reply, Summand, Task, Way
+from clients import answers, groups, placement, training, upload
+from clients.answers import Weigh
+from clients.task import Reply, Task
 from clients.training import Admitted, Node
-from clients.ways import Ways, rows
-from privacy import on_device
 from privacy.refused import Refused
-from scenarios.seeds import derive
 from scenarios.settings import Local, Settings
-from scenarios.weights import Vector
-
-Weigh = Callable[[int], float]
-"""Examples of a client -> what its update weighs in a sum."""
 
 _MOST = 25
 """Clients of a block where local.block leaves it open: with more, what their layers see outgrows the caches."""
-_WASTE = 2
-"""Clients share one pass where the longest of them has at most so many times the rows of the shortest."""
 
 
 def cut(tasks: Sequence[Task], size: int) -> list[Sequence[Task]]:
@@ -60,9 +48,9 @@ def answer(node: Node, tasks: Sequence[Task], weigh: Weigh | None = None) -> lis
         begun = [training.guarded(task, partial(_admitted, node, task)) for task in tasks]
         replies = {one.client: one for one in begun if isinstance(one, Reply)}
         ready = [one for one in begun if isinstance(one, Admitted)]
-        summed = None if weigh is None else _Sum(node, weigh)
-        for group in _groups(node, ready):
-            made = summed.take(group) if summed else _singly(node, group)
+        summed = None if weigh is None else answers.Sum(node, weigh)
+        for group in groups.groups(node, ready):
+            made = summed.take(group) if summed else answers.singly(node, group)
             replies |= {one.client: one if one.reason else replace(one, way=group.way) for one in made}
     inorder = [replies[task.client] for task in tasks]
     return inorder if summed is None else summed.carried(inorder)
@@ -117,262 +105,3 @@ def told(settings: Settings, tasks: int, alone: bool = False) -> dict[str, Any]:
     largest = max(map(len, cut(whole, 1 if alone else local.block)), default=0)
     count = 1 if alone else placement.processes(settings)
     return told | {"block": largest, "processes": count, "trained": []}
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Clients of a block that were trained alike."""
-
-    way: Way
-    members: Sequence[Admitted]
-    updates: Sequence[Callable[[], tuple[Tensor, int]]]
-    """What gives (the update (P,), the steps taken) of each; called in order, the next may overwrite it."""
-    total: Callable[[Sequence[float]], Tensor] | None = None
-    """(P,) the sum of weights times updates, where that is cheaper than they are; every step was taken."""
-    away: bool = False
-    """Whether the updates lie on a device: then they, or their sum, leave it together."""
-
-
-def _singly(node: Node, group: _Group) -> Iterator[Reply]:
-    """Every client's own payload."""
-    updates = leaving.updates(group.updates) if group.away else group.updates
-    for mine, made in zip(group.members, updates, strict=True):
-        yield training.guarded(mine.task, partial(_one, node, mine, made))
-
-
-def _one(node: Node, mine: Admitted, made: Callable[[], tuple[Tensor, int]]) -> Reply:
-    update, steps = made()
-    return training.finished(node, mine, _vector(update), steps)
-
-
-class _Sum:
-    """The weighted sum of a block's updates; who has none to add is named in a reply of its own."""
-
-    def __init__(self, node: Node, weigh: Weigh) -> None:
-        self._node, self._weigh, self._weight = node, weigh, 0.0
-        self._bytes = cache(partial(upload.size, node.settings))
-        self._total: Tensor | None = None
-
-    def take(self, group: _Group) -> list[Reply]:
-        """The replies of `group`, whose updates are in the sum from here on."""
-        clipped = any(mine.task.update_clip for mine in group.members)
-        if group.total is not None and not clipped:
-            weights = [self._weigh(len(mine.examples.y)) for mine in group.members]
-            total = torch.from_numpy(placement.fetched(group.total(weights)))
-            if total.isfinite().all():
-                self._add(total, 1.0, sum(weights))
-                return [self._reply(mine, mine.task.steps, True) for mine in group.members]
-        updates = group.updates
-        if group.away:
-            if not any(mine.task.update_noise for mine in group.members):
-                return self._take_there(group)
-            updates = leaving.updates(updates)
-        return [
-            training.guarded(mine.task, partial(self._take, mine, made))
-            for mine, made in zip(group.members, updates, strict=True)
-        ]
-
-    def _take_there(self, group: _Group) -> list[Reply]:
-        """As `take`, of updates that are clipped and summed where they lie."""
-        weights = [self._weigh(len(mine.examples.y)) for mine in group.members]
-        total, parts = leaving.total(group.updates, weights, group.members[0].task.update_clip)
-        if total is not None:
-            counted = sum(w for w, part in zip(weights, parts, strict=True) if _counts(part))
-            self._add(torch.from_numpy(total), 1.0, counted)
-        return [
-            training.guarded(mine.task, partial(self._told, mine, part))
-            for mine, part in zip(group.members, parts, strict=True)
-        ]
-
-    def _told(self, mine: Admitted, part: leaving.Part | Exception) -> Reply:
-        if isinstance(part, Exception):
-            raise part
-        if part.unsound:
-            raise _not_finite(part.unsound)
-        return self._reply(mine, part.steps, part.within)
-
-    def _take(self, mine: Admitted, made: Callable[[], tuple[Tensor, int]]) -> Reply:
-        whole, steps = made()
-        if not steps:
-            return training.finished(self._node, mine, _vector(whole), steps)
-        update, within = training.protected(_vector(whole), mine.task, self._node.settings)
-        if not np.isfinite(update).all():
-            raise _not_finite(int(np.count_nonzero(~np.isfinite(update))))
-        weight = self._weigh(len(mine.examples.y))
-        self._add(torch.from_numpy(update), weight, weight)
-        return self._reply(mine, steps, within)
-
-    def _add(self, update: Tensor, times: float, weight: float) -> None:
-        if self._total is None:
-            self._total = torch.zeros(update.shape, dtype=torch.float64)
-        self._total.add_(update, alpha=times)
-        self._weight += weight
-
-    def _reply(self, mine: Admitted, steps: int, within: bool) -> Reply:
-        task, count = mine.task, len(mine.examples.y)
-        summand = Summand(self._bytes(len(task.weights)), self._weigh(count))
-        return Reply(task.round, task.client, b"", count, steps, within=within, summand=summand)
-
-    def carried(self, replies: list[Reply]) -> list[Reply]:
-        """`replies`, the last good one of which carries the sum."""
-        for i in reversed(range(len(replies))):
-            if (summand := replies[i].summand) is not None:
-                assert self._total is not None
-                replies[i] = replace(
-                    replies[i], summand=replace(summand, total=self._total.numpy(), whole=self._weight)
-                )
-                break
-        return replies
-
-
-def _counts(part: leaving.Part | Exception) -> bool:
-    return isinstance(part, leaving.Part) and not part.unsound
-
-
-def _not_finite(entries: int) -> CodecError:
-    return CodecError(f"an update must be finite: {entries} entries are not")
-
-
-def _vector(update: Tensor) -> Vector:
-    return update.numpy().astype(np.float32, copy=False)
-
-
-def _groups(node: Node, ready: Sequence[Admitted]) -> Iterator[_Group]:
-    """The clients of a block, those together that can be trained together."""
-    if not ready:
-        return
-    there, first = placement.of(node.settings), ready[0].task
-    model = placement.moved(training.fitted(node, first), there)
-    (start,) = placement.sent(there, torch.from_numpy(first.weights))  # all tasks of a block have the same
-    away = not start.is_cpu
-    ways = Ways.of(node, model)
-    chain, private, short, long = ways.chain, list[Admitted](), list[Admitted](), dict[Way, list[Admitted]]()
-    for mine in ready:
-        task = mine.task
-        way = ways.at(len(mine.examples.y), task.steps, task.mechanism is not None, task.deadline > 0)
-        if way.name == "single":
-            yield _Group(way, [mine], [partial(_by_itself, node, mine)])
-        elif way.name == "rows":
-            private.append(mine)
-        elif way.name == "gram":
-            short.append(mine)
-        else:
-            long.setdefault(way, []).append(mine)
-    if private:
-        assert chain is not None
-        yield from _private(node, chain, start, private)
-    for part in _alike(node, short):
-        assert chain is not None
-        try:
-            made = gram.train(chain, start, _batches(node, part, there), node.scenario.loss, _pulls(node, part[0].task))
-        except torch.AcceleratorError:
-            raise
-        except Exception:  # of one of them, who is told when trained by itself
-            long.setdefault(ways.fused("a client beside it failed"), []).extend(part)
-            continue
-        updates = [partial(_of, made, k, mine.task.steps) for k, mine in enumerate(part)]
-        yield _Group(Way("gram"), part, updates, made.total, away)
-    if long:
-        trainer = fused.Trainer(model, _pulls(node, ready[0].task), node.settings.local.precision == "bf16")
-        for way, part in long.items():
-            yield _Group(way, part, [partial(_by_fused, node, trainer, start, mine) for mine in part], away=away)
-
-
-def _by_itself(node: Node, mine: Admitted) -> tuple[Tensor, int]:
-    """As with local.engine=single."""
-    update, steps = training.trained(node, mine)
-    return torch.from_numpy(update), steps
-
-
-def _private(node: Node, chain: stack.Stack, start: Tensor, members: Sequence[Admitted]) -> Iterator[_Group]:
-    """Under example-level DP, some at a time; on a device all, as it has no caches that they could outgrow."""
-    away = not start.is_cpu
-    size = len(members) if away else private_stack.together(chain)
-    for part in (members[at : at + size] for at in range(0, len(members), size)):
-        try:
-            made = _by_rows(node, chain, start, part)
-        except torch.AcceleratorError:
-            raise
-        except Exception:  # of one of them, who is told when trained by itself
-            alone = [partial(_private_alone, node, chain, start, mine) for mine in part]
-            yield _Group(Way("rows"), part, alone, away=away)
-            continue
-        taken = [partial(_taken, update, mine.task.steps) for update, mine in zip(made, part, strict=True)]
-        yield _Group(Way("rows"), part, taken, away=away)
-
-
-def _by_rows(node: Node, chain: stack.Stack, start: Tensor, members: Sequence[Admitted]) -> list[Tensor]:
-    seed, clients = node.settings.privacy.noise_seed, list[private_stack.Private]()
-    for mine in members:
-        task = mine.task
-        assert task.mechanism is not None
-        own = None if seed is None else derive(seed, "noise", task.round, task.client)
-        noise, draws = on_device.generators(own, start.device)
-        x, y = placement.sent(start.device, *mine.examples)
-        clients.append(private_stack.Private(x, y, task.steps, task.mechanism, noise, draws))
-    first = members[0]
-    return private_stack.train(chain, start, clients, node.scenario.loss, _pulls(node, first.task), first.task.clip)
-
-
-def _private_alone(node: Node, chain: stack.Stack, start: Tensor, mine: Admitted) -> tuple[Tensor, int]:
-    return _by_rows(node, chain, start, [mine])[0], mine.task.steps
-
-
-def _taken(update: Tensor, steps: int) -> tuple[Tensor, int]:
-    return update, steps
-
-
-def _by_fused(node: Node, trainer: fused.Trainer, start: Tensor, mine: Admitted) -> tuple[Tensor, int]:
-    there = start.device
-    batches = placement.indices(sgd.shuffled(len(mine.examples.y), mine.task, node.settings), there)
-    (correction,) = (None,) if mine.correction is None else placement.sent(there, torch.from_numpy(mine.correction))
-    x, y = placement.sent(there, *mine.examples)
-    with training.drawing(node.settings, mine.task):
-        return trainer.train(start, x, y, batches, node.scenario.loss, correction)
-
-
-def _of(made: gram.Trained, k: int, steps: int) -> tuple[Tensor, int]:
-    return made.update(k), steps
-
-
-def _pulls(node: Node, task: Task) -> fused.Pulls:
-    local = node.settings.local
-    return fused.Pulls.of(task.rate, local.proximal, local.weight_decay, local.momentum)
-
-
-def _rows(node: Node, mine: Admitted) -> int:
-    """R: the examples that a client's steps train on, were all batches full."""
-    return rows(node.settings.local, len(mine.examples.y), mine.task.steps)
-
-
-def _alike(node: Node, members: Sequence[Admitted]) -> Iterator[Sequence[Admitted]]:
-    """`members` in parts of not too different rows, in their order: what is shorter is filled up."""
-    left = list(members)
-    while left:
-        least = min(_rows(node, mine) for mine in left)
-        yield [mine for mine in left if _rows(node, mine) <= _WASTE * least]
-        left = [mine for mine in left if _rows(node, mine) > _WASTE * least]
-
-
-def _batches(node: Node, members: Sequence[Admitted], there: torch.device) -> gram.Batches:
-    cuts = [list(sgd.shuffled(len(mine.examples.y), mine.task, node.settings)) for mine in members]
-    sizes = [[batch.shape[0] for batch in batches] for batches in cuts]
-    T, B = max(map(len, sizes)), max(map(max, sizes))
-    full = all(len(steps) == T and min(steps) == B for steps in sizes)
-    x, y = members[0].examples
-    make = torch.Tensor.new_empty if full else torch.Tensor.new_zeros
-    x_KRX, y_KR = make(x, (len(members), T * B, *x.shape[1:])), make(y, (len(members), T * B))
-    live_KTB = torch.zeros(len(members), T, B, dtype=torch.bool)
-    for k, (mine, batches) in enumerate(zip(members, cuts, strict=True)):
-        drawn = torch.cat(batches)
-        if full:
-            torch.index_select(mine.examples.x, 0, drawn, out=x_KRX[k])
-            torch.index_select(mine.examples.y, 0, drawn, out=y_KR[k])
-            continue
-        for t, size in enumerate(sizes[k]):
-            live_KTB[k, t, :size] = True
-        rows = live_KTB[k].flatten().nonzero()[:, 0]
-        x_KRX[k].index_copy_(0, rows, mine.examples.x[drawn])
-        y_KR[k].index_copy_(0, rows, mine.examples.y[drawn])
-    x_KRX, y_KR, live_KTB = placement.sent(there, x_KRX, y_KR, live_KTB)
-    return gram.Batches(x_KRX, y_KR, None if full else live_KTB, tuple(map(len, sizes)), B)

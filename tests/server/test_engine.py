@@ -360,7 +360,15 @@ def test_a_demand_that_clients_meet_is_no_obstacle(tmp_path: Path, text: str) ->
 
 def test_a_device_is_told_of_as_a_block_of_its_own(tmp_path: Path) -> None:
     wanted = made_node(tmp_path, "local.engine=cohort run.processes=4").settings
-    alone = {"name": "cohort", "block": 1, "precision": "float32", "threads": 1, "processes": 1, "trained": []}
+    alone = {
+        "name": "cohort",
+        "block": 1,
+        "precision": "float32",
+        "device": "cpu",
+        "threads": 1,
+        "processes": 1,
+        "trained": [],
+    }
     assert cohort.told(wanted, 9, alone=True) == alone
     assert cohort.told(wanted, 9) == alone | {"block": 5, "processes": 4}
 
