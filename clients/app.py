@@ -117,8 +117,8 @@ def _blocks(content: RecordDict, context: Context) -> RecordDict:
     from clients import blocks
 
     try:
-        if "client" in context.node_config:
-            raise Refused("a device trains its own client alone: set fleet.clock=wall")
+        if "partition-id" not in context.node_config or {"client", "keys"} & set(context.node_config):
+            raise Refused("a device trains its own client alone, blocks are for simulated nodes: set fleet.clock=wall")
         tasks = blocks.decode_tasks(content)
         if not tasks:  # it is asked who is alive, and those who are shall all be asked
             time.sleep(_HELD)

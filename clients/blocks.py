@@ -141,10 +141,12 @@ def decode_replies(record: RecordDict, i: int, block: Block, weigh: Weigh | None
         raise ValueError("a sum of updates that is not finite")
     whole = 0.0
     for at in held:
-        if replies[at].reason or payloads[at]:
+        if replies[at].reason or replies[at].late or payloads[at]:
             raise ValueError("an update that is in the sum and is not")
         whole += (weight := weigh(replies[at].examples))
         replies[at] = replace(replies[at], summand=Summand(upload.size(settings, size), weight))
+    if float(np.abs(total).max(initial=0.0)) > whole * float(np.finfo(np.float32).max):
+        raise ValueError("a sum of updates larger than updates are")
     last = replies[held[-1]].summand
     assert last is not None
     replies[held[-1]] = replace(replies[held[-1]], summand=replace(last, total=total, whole=whole))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from clients.private_stack import together
+from clients import private_stack
 from clients.stack import read
 from clients.task import Way
 from clients.training import Node
@@ -26,18 +26,20 @@ _SAMPLES = 1 << 26
 """Gradients of single examples that Opacus holds at once, at most (privacy/dp_sgd.py)."""
 
 
-def need(node: Node, way: Way, block: int, examples: int, steps: int, payload: int) -> int:
-    """About how many bytes a process takes for itself, for blocks of clients that have so many examples.
+def need(node: Node, way: Way, block: int, examples: int, steps: int, payload: int, together: int | None = None) -> int:
+    """About how many bytes a process takes for itself, for blocks of clients that have at most so many examples.
 
     payload: bytes of the update that each of them leaves until the block is done; 0: their sum is made in its place.
+    together: how many examples a block has at most; None: so many times its clients.
     """
+    held = block * examples if together is None else together
     local, model = node.settings.local, node.template
     weights: int = sum(entry.numel() for entry in model.state_dict().values())
     batch, count = min(local.batch or examples, examples), rows(local, examples, steps)
     if node.settings.privacy.by_example:
         batch = min(examples, batch + math.ceil(3 * batch**0.5))  # a Poisson sample's size varies
     one: int = sum(part[:1].numel() * part.element_size() for part in node.federation.validation)
-    taken = _PROCESS + _OWN * weights + block * (examples * one + payload)
+    taken = _PROCESS + _OWN * weights + held * one + block * payload
     if local.momentum:
         taken += 4 * weights
     if way.name in ("gram", "rows"):
@@ -45,15 +47,15 @@ def need(node: Node, way: Way, block: int, examples: int, steps: int, payload: i
         assert chain is not None
         wide = sum(layer.inputs + layer.outputs for layer in chain.layers)
         if way.name == "rows":  # of those trained together: weights, examples, a sample and what comes back of it
-            some = min(block, together(chain))
+            some = min(block, private_stack.together(chain))
             own = 4 * weights * (2 if local.momentum else 1)
-            return taken + 4 * weights + some * (own + examples * one + 4 * 3 * batch * wide)
+            return taken + 4 * weights + some * (own + 4 * 3 * batch * wide) + min(held, some * examples) * one
         beside = chain.layers[0].inputs + chain.layers[0].outputs + max(layer.outputs for layer in chain.layers)
         return taken + 4 * block * count * (wide + beside + 2 * count)
-    taken += 3 * _saved(node, batch)
     if way.name == "single" and node.settings.privacy.by_example:
-        taken += 2 * 4 * min(batch * weights, _SAMPLES)
-    return taken
+        batch = min(batch, max(1, _SAMPLES // weights))
+        taken += 2 * 4 * batch * weights
+    return taken + 3 * _saved(node, batch)
 
 
 def _saved(node: Node, batch: int) -> int:

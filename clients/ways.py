@@ -34,7 +34,10 @@ class Ways:
             obstacle = "local.scaffold corrects the steps of each client by its own variate"
         elif not obstacle and not node.apart:
             obstacle = "the loss weighs the examples of a batch against each other"
-        return cls(None if obstacle else stack.read(model), obstacle, node.settings.local)
+        chain = None if obstacle else stack.read(model)
+        if chain is not None and chain.functions[0](node.federation.validation.x[:1]).dim() != 2:
+            return cls(None, "the first linear layer sees an example as several rows", node.settings.local)
+        return cls(chain, obstacle, node.settings.local)
 
     def at(self, examples: int, steps: int, private: bool, deadline: bool) -> Way:
         """How a client with so many examples takes so many steps. private: under example-level DP.

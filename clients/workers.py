@@ -69,7 +69,7 @@ class Workers:
                     at, replies = worker.finish()
                     if replies is None:
                         tries[at] += 1
-                        self._replace(worker, f"in a block of {len(blocks[at])} clients, which is trained again")
+                        self._replace(worker, "in its block, which is trained again")
                         replies = [_lost(task) for task in blocks[at]] if tries[at] == _ATTEMPTS else None
                     if replies is None:
                         waiting.insert(0, at)

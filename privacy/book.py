@@ -1,5 +1,6 @@
 """Book: where every account of a ledger stands; those that are charged together and stand alike share one standing."""
 
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -133,9 +134,4 @@ class Book(Mapping[Account, Standing]):
 
 def _packed(digest: str) -> str | bytes:
     """A digest in half the room, where it is one of 64 figures."""
-    if len(digest) == 64 and digest == digest.lower():
-        try:
-            return bytes.fromhex(digest)
-        except ValueError:
-            pass
-    return digest
+    return bytes.fromhex(digest) if re.fullmatch("[0-9a-f]{64}", digest) else digest

@@ -174,6 +174,8 @@ class Chain:
         digest, frames, now = self._digest(self._records), bytearray() if self._end else bytearray(_MAGIC), self.now
         for sequence, entry in enumerate(bodies, self._records + 1):
             body = json.dumps({"sequence": sequence, "time": now, **entry}, separators=(",", ":")).encode()
+            if len(body) > _LONGEST:  # nobody could read it, nor what follows it
+                raise Refused(f"a record of {len(body)} bytes does not go into a ledger, {_LONGEST} do")
             digest = hashlib.sha256(digest + body).digest()
             frames += len(body).to_bytes(4) + digest + _tag(self._key, digest) + body
         try:

@@ -19,12 +19,14 @@ from privacy.standing import TESTS, Account, Standing, Window
 
 __all__ = ["TESTS", "Account", "Head", "Ledger", "Standing", "Window"]
 
+_NUMBERS = 1 << 53
+
 
 class _Run:
-    """What a run has charged, by account: 16 bytes for each that was open when it last charged one."""
+    """What a run has charged, by account: 24 bytes for each that was open when it last charged one."""
 
     def __init__(self) -> None:
-        self.steps, self.rounds, self.attempts = array("q"), array("i"), array("i")
+        self.steps, self.rounds, self.attempts = array("q"), array("q"), array("q")
 
     def make_room(self, places: Places) -> None:
         more = max(places) + 1 - len(self.steps)
@@ -114,8 +116,13 @@ class Ledger:
 
         asks: the mechanism and its steps in round `number` of `run`. The value of a refused account says what is left.
         attempt: the one that the other side's ledger calls it by; 0: the next one. Raises Refused for one that does
-        not come after all that were reserved. seen: heads of the ledgers at the other side, kept with it.
+        not come after all that were reserved, and for numbers that no record holds. seen: heads of the ledgers at the
+        other side, kept with it.
         """
+        if not 0 < number < _NUMBERS or not 0 <= attempt < _NUMBERS:
+            raise Refused(f"round {number}, attempt {attempt}: a ledger counts from 1 to {_NUMBERS - 1}")
+        if wrong := [steps for _, steps in asks.values() if not 0 < steps < _NUMBERS]:
+            raise Refused(f"{wrong[0]} steps cannot be reserved: a ledger counts from 1 to {_NUMBERS - 1}")
         with self.chain.held() as file:
             refused, bodies = standing.over(self.accounts.of(asks), asks, self.chain.now), self._heads(seen)
             alike: dict[tuple[int, Mechanism, int], list[Account]] = {}

@@ -25,8 +25,8 @@ def opening(unit: str, dataset: str, clients: Sequence[str], terms: Body) -> Ite
 
 def seeing(digests: Mapping[int, str]) -> Iterator[Body]:
     """Shared DATA records: digests by account."""
-    for part in _cut(list(digests.items())):
-        yield {"kind": "DATA", "accounts": ranges(at for at, _ in part), "digests": [digest for _, digest in part]}
+    for part in _cut([([at, at], digest) for at, digest in digests.items()]):
+        yield {"kind": "DATA", "accounts": ranges(at for (at, _), _ in part), "digests": [digest for _, digest in part]}
 
 
 def charging(kind: str, places: Iterable[int], rest: Body) -> Iterator[Body]:

@@ -120,8 +120,8 @@ class BlockFleet:
         """Whether blocks whose worker died are sent to another one."""
         tries[part.first] += 1
         again = tries[part.first] < _ATTEMPTS
-        what = "which are trained again" if again else "who are left out of the round"
-        self._say(f"worker of Ray died in blocks of {part.clients} clients, {what}")
+        what = "which are trained again" if again else "whose clients are left out of the round"
+        self._say(f"worker of Ray died in its blocks, {what}")  # of how many clients, a secret draw does not tell
         return again
 
     def _living(self) -> int:

@@ -19,8 +19,12 @@ def check(node: Node, roster: Mapping[str, Hello]) -> None:
     if free is None:
         return
     payload = 0 if cohort.weigh(settings) else upload.size(settings, len(flatten(node.template)))
-    largest = {way: (size, steps) for way, size, steps, _ in engine.kinds(node, roster)}  # sizes come in order
-    each = max((memory.need(node, way, told["block"], *most, payload) for way, most in largest.items()), default=0)
+    kinds = list(engine.kinds(node, roster))  # sizes come in order
+    largest, together, left = {way: (size, steps) for way, size, steps, _ in kinds}, 0, told["block"]
+    for _, size, _, number in reversed(kinds):
+        together, left = together + size * min(number, left), left - min(number, left)
+    block = told["block"]
+    each = max((memory.need(node, way, block, *most, payload, together) for way, most in largest.items()), default=0)
     if count * each > free:
         fit = max(1, free // each)
         raise Refused(

@@ -178,7 +178,7 @@ def _ledger(report: Mapping[str, Any], _: Path, wrong: list[str], held: list[str
         charged += [(Account("example", c["name"], dataset + TESTS), c["tests"]) for c in clients if c["tests"]]
         for account, said in charged:
             whose = f"{account.client} ({account.unit}, {account.dataset})"
-            if account not in known.accounts and said["epsilon_total"] == 0:
+            if account not in known.accounts and said["epsilon_total"] == 0 and not said.get("steps"):
                 continue  # of a large fleet, and never charged
             if account not in known.accounts or said["epsilon_total"] is None:
                 yield f"it has no account of client {whose}"

@@ -124,3 +124,18 @@ def test_a_message_of_other_records_is_refused(name: str) -> None:
     record[name] = record["umbel.0"]
     with pytest.raises(ValueError, match="other records than expected"):
         blocks.decode_tasks(record)
+
+
+@pytest.mark.parametrize(
+    ("late", "entry", "reason"),
+    [(True, 1.0, "that is in the sum and is not"), (False, 1e300, "larger than updates are")],
+)
+def test_a_sum_that_would_end_the_round_costs_its_block_alone(late: bool, entry: float, reason: str) -> None:
+    summed = Summand(32, 11.0, np.full(8, entry), 11.0)
+    said = [
+        Reply(4, "a", b"", 5, 3, late=late, summand=replace(summed, total=None)),
+        Reply(4, "b", b"", 6, 3, summand=summed),
+    ]
+    record = blocks.encode_replies([said], [])
+    with pytest.raises(ValueError, match=reason):
+        blocks.decode_replies(record, 0, TASKS[0], cohort.weigh(SETTINGS), SETTINGS)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clients import cohort, fused, gram, private_stack, sgd, stack
 from clients.task import Reply, Task
 from clients.training import Node, answer
+from clients.ways import Ways
 from privacy import dp_sgd
 from privacy.plan import Mechanism
 from scenarios import Examples, Federation, Scenario, build_model
@@ -488,3 +489,16 @@ def test_a_weight_that_outgrows_the_cache_takes_the_same_step() -> None:
     truth = torch.cat([parameter.grad.flatten() for parameter in net.parameters() if parameter.grad is not None]) * -0.1
     assert net[1].weight.numel() >= fused._OUTGROWN
     assert torch.allclose(update, truth, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["privacy.unit=none", "privacy.unit=example privacy.clip=0.5 privacy.noise_seed=3"])
+def test_a_layer_that_sees_an_example_as_several_rows_shares_no_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    sequence = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3))
+    monkeypatch.setitem(MODELS, "sequence", lambda: copy.deepcopy(sequence))
+    node = made_node(tmp_path, "sequence", f"local.batch=8 {text}")
+    assert "several rows" in Ways.of(node, sequence).obstacle
+    private = {"mechanism": Mechanism(0.5, 1.3), "clip": 0.5} if "example" in text else {}
+    tasks = [replace(task, **private) for task in made_tasks(node)]
+    assert apart(decoded(cohort.answer(node, tasks)), decoded([answer(node, task) for task in tasks])) < 2e-5

@@ -93,3 +93,9 @@ def test_momentum_needs_a_velocity() -> None:
     settings = override(node.settings, "local.momentum=0.9")
     more = memory.need(replace(node, settings=settings), FUSED, 5, 60, 6, 0) - memory.need(node, FUSED, 5, 60, 6, 0)
     assert more == 4 * (64 * 64 + 64 + 64 * 10 + 10)
+
+
+def test_one_large_client_is_not_counted_for_all_of_its_block() -> None:
+    node = made_node()
+    alike = memory.need(node, FUSED, 25, 12_500, 1250, 0)
+    assert alike - memory.need(node, FUSED, 25, 12_500, 1250, 0, 12_500 + 24 * 100) > 20 * 12_500 * 64 * 4

@@ -116,7 +116,7 @@ def test_a_worker_of_ray_that_is_killed_is_named_and_the_run_comes_to_the_same_b
 
     out = flower.run("digits", load("digits"), settings("long"), tmp_path / "ray", Quiet(), look)
     assert killed
-    assert "umbel: worker of Ray died in blocks of" in capfd.readouterr().err
+    assert "umbel: worker of Ray died in its blocks" in capfd.readouterr().err
     assert_same(out, embedded(tmp_path / "embedded", "long"))
 
 

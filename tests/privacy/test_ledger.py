@@ -457,3 +457,39 @@ def test_an_independent_script_finds_the_same_epsilon_in_the_same_bytes(tmp_path
     path.write_bytes(data)
     with pytest.raises(ValueError, match="damaged"):
         recompute.records(path)
+
+
+@pytest.mark.parametrize(
+    ("number", "attempt", "count"), [(0, 1, 1), (2**53, 1, 1), (1, 2**53, 1), (1, -1, 1), (1, 1, 0), (1, 1, 2**53)]
+)
+def test_numbers_that_no_record_holds_are_refused_before_they_are_written(
+    tmp_path: Path, number: int, attempt: int, count: int
+) -> None:
+    made = opened(path := tmp_path / "l.ledger")
+    before = path.read_bytes()
+    with pytest.raises(Refused, match="a ledger counts from 1"):
+        made.reserve("run", number, ask(count), attempt)
+    assert path.read_bytes() == before
+
+
+def test_the_largest_numbers_are_written_and_read(tmp_path: Path) -> None:
+    most = 2**53 - 1
+    made = opened(path := tmp_path / "l.ledger")
+    assert made.reserve("run", most, ask(1), most) == {}
+    assert steps(path) == 1
+    assert made.attempt("run", A) == (most, most)
+
+
+def test_a_record_that_nobody_could_read_is_not_written(tmp_path: Path) -> None:
+    made = opened(path := tmp_path / "l.ledger")
+    before = path.read_bytes()
+    with pytest.raises(Refused, match="does not go into a ledger"):
+        made.reserve("r" * 70_000, 1, ask(1))
+    assert path.read_bytes() == before
+
+
+def test_shared_records_of_short_digests_are_no_longer_than_can_be_read() -> None:
+    records = list(shared_records.seeing({2 * at: "x" for at in range(9000)}))
+    assert len(records) > 1
+    assert sum(len(record["digests"]) for record in records) == 9000
+    assert max(len(json.dumps(record)) for record in records) < 1 << 16

@@ -258,7 +258,7 @@ def test_a_process_that_dies_at_a_block_is_named_and_the_block_trained_again(hou
     found, rows, said = here.simulated(here.grid("simulated"))
     assert (found.weights.tobytes(), rows) == (truth.weights.tobytes(), told)
     (line,) = said
-    assert line.startswith("worker 1 died in a block of 2 clients, which is trained again (on ")
+    assert line.startswith("worker 1 died in its block, which is trained again (on ")
 
 
 def test_a_block_that_kills_every_process_costs_its_own_clients_alone(house: Callable[..., House]) -> None:
@@ -366,13 +366,16 @@ def test_a_worker_that_never_answers_is_late(house: Callable[..., House], monkey
     assert row["late"] == ["04", "05", "06", "07", "08"]
 
 
-def test_a_device_takes_no_blocks(house: Callable[..., House]) -> None:
+@pytest.mark.parametrize("config", [{"client": "00"}, {"keys": "here"}, {"data": "somewhere"}])
+def test_a_node_that_is_not_simulated_takes_no_blocks(house: Callable[..., House], config: dict[str, str]) -> None:
     here = house("rounds.number=1")
     grid = here.grid("simulated")
-    grid.contexts[7].node_config["client"] = "00"
+    if "data" in config:  # a device whose owner forgot to say which client it is
+        del grid.contexts[7].node_config["partition-id"]
+    grid.contexts[7].node_config.update(config)
     _, (row,), _ = here.simulated(grid)
     assert {entry["reason"] for entry in row["rejected"]} == {
-        "a device trains its own client alone: set fleet.clock=wall"
+        "a device trains its own client alone, blocks are for simulated nodes: set fleet.clock=wall"
     }
 
 

@@ -169,7 +169,7 @@ def test_a_worker_that_dies_is_named_and_its_block_trained_again(
     parent, text = os.getpid(), "local.engine=cohort local.block=2 run.processes=2"
     found, rows = federate(tmp_path / "dies", text, data=data)
     assert (tmp_path / "died").exists()
-    assert "died in a block of 2 clients, which is trained again" in capsys.readouterr().err
+    assert "died in its block, which is trained again" in capsys.readouterr().err
     assert np.array_equal(found.weights, federate(tmp_path / "lives", text)[0].weights)
     assert all(row["replies"] == len(SIZES) for row in rows)
 
