@@ -67,6 +67,7 @@ def test_a_run_killed_in_several_rounds_ends_with_the_same_bits(undisturbed: Pat
     assert reports[0]["final"] == reports[1]["final"]
 
 
+@pytest.mark.slow
 def test_a_masked_run_killed_in_several_rounds_loses_those_alone_that_were_unmasked(tmp_path: Path) -> None:
     text = f"{SEEDED} codec=int16 rounds.number=6 local.steps=12"
     umbel("run", "digits", "--out", str(tmp_path / "whole"), "--set", text, "--quiet")

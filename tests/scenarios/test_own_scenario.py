@@ -51,6 +51,7 @@ def test_it_runs_by_path_and_its_report_is_its_own(text: str, tmp_path: Path) ->
     assert b"malignant" in (run / "model.onnx").read_bytes()
 
 
+@pytest.mark.slow
 def test_it_runs_by_its_dotted_name_and_resumes_from_another_folder(text: str, tmp_path: Path) -> None:
     (tmp_path / "library" / "mine").mkdir(parents=True)
     (tmp_path / "library" / "mine" / "clinics.py").write_text(text)
