@@ -35,6 +35,7 @@ def figures() -> dict:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_json_has_a_median_and_a_peak_of_every_contender(figures):
     for contender in ("umbel", "torch-loop"):
         row = figures["workloads"]["A"][contender]
@@ -42,6 +43,7 @@ def test_the_json_has_a_median_and_a_peak_of_every_contender(figures):
         assert row["peak_mb"] > row["torch_mb"] > 0
 
 
+@pytest.mark.slow
 def test_umbel_and_the_bare_loop_do_the_same_work(figures):
     rows = figures["workloads"]["A"]
     assert rows["umbel"]["agrees"]

@@ -61,6 +61,7 @@ def test_a_hundred_seeds_pass_and_95_estimates_are_within_a_fifth(tmp_path: Path
     assert sum(abs(one.estimate / claimed - 1) <= 0.2 for one, claimed in said) >= 95
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["float16", "qsgd8", "topk:0.3", "int16", "int6", "shared-topk:0.3:int9"])
 def test_a_codec_between_clip_and_sum_changes_nothing(codec: str, tmp_path: Path) -> None:
     said, claimed = audited(tmp_path, "client", 1.0, 2, f"codec={codec}")
