@@ -141,7 +141,6 @@ def _serve(
     parents.close()  # or the parent's end would live on in here, and its death would not be heard
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    gc.freeze()  # else its collector would write to every page of objects that both sides share
     held = weights.copy()
     with suppress(EOFError, OSError):
         while True:
