@@ -14,7 +14,7 @@ from torch import Tensor
 from clients import leaving, placement, training, upload
 from clients.codecs import CodecError
 from clients.groups import Group
-from clients.task import Reply, Summand
+from clients.task import Reply, Summand, Way
 from clients.training import Admitted, Node
 from scenarios.weights import Vector
 
@@ -26,12 +26,13 @@ def singly(node: Node, group: Group) -> Iterator[Reply]:
     """Every client's own payload."""
     updates = leaving.updates(group.updates) if group.away else group.updates
     for mine, made in zip(group.members, updates, strict=True):
-        yield training.guarded(mine.task, partial(_one, node, mine, made))
+        yield training.guarded(mine.task, partial(_one, node, mine, made, group.way))
 
 
-def _one(node: Node, mine: Admitted, made: Callable[[], tuple[Tensor, int]]) -> Reply:
+def _one(node: Node, mine: Admitted, made: Callable[[], tuple[Tensor, int]], way: Way) -> Reply:
     update, steps = made()
-    return training.finished(node, mine, _vector(update), steps)
+    reply = training.finished(node, mine, _vector(update), steps)
+    return reply if reply.reason else replace(reply, way=way)
 
 
 class Sum:
@@ -39,57 +40,57 @@ class Sum:
 
     def __init__(self, node: Node, weigh: Weigh) -> None:
         self._node, self._weigh, self._weight = node, weigh, 0.0
-        self._bytes = cache(partial(upload.size, node.settings))
+        self._summand = cache(partial(_summand, node, weigh))
         self._total: Tensor | None = None
 
     def take(self, group: Group) -> list[Reply]:
         """The replies of `group`, whose updates are in the sum from here on."""
         clipped = any(mine.task.update_clip for mine in group.members)
         if group.total is not None and not clipped:
-            weights = [self._weigh(len(mine.examples.y)) for mine in group.members]
+            weights = [self._weigh(mine.count) for mine in group.members]
             total = torch.from_numpy(placement.fetched(group.total(weights)))
             if total.isfinite().all():
                 self._add(total, 1.0, sum(weights))
-                return [self._reply(mine, mine.task.steps, True) for mine in group.members]
+                return [self._reply(mine, group.way, mine.task.steps, True) for mine in group.members]
         updates = group.updates
         if group.away:
             if not any(mine.task.update_noise for mine in group.members):
                 return self._take_there(group)
             updates = leaving.updates(updates)
         return [
-            training.guarded(mine.task, partial(self._take, mine, made))
+            training.guarded(mine.task, partial(self._take, mine, group.way, made))
             for mine, made in zip(group.members, updates, strict=True)
         ]
 
     def _take_there(self, group: Group) -> list[Reply]:
         """As `take`, of updates that are clipped and summed where they lie."""
-        weights = [self._weigh(len(mine.examples.y)) for mine in group.members]
+        weights = [self._weigh(mine.count) for mine in group.members]
         total, parts = leaving.total(group.updates, weights, group.members[0].task.update_clip)
         if total is not None:
             counted = sum(w for w, part in zip(weights, parts, strict=True) if _counts(part))
             self._add(torch.from_numpy(total), 1.0, counted)
         return [
-            training.guarded(mine.task, partial(self._told, mine, part))
+            training.guarded(mine.task, partial(self._told, mine, group.way, part))
             for mine, part in zip(group.members, parts, strict=True)
         ]
 
-    def _told(self, mine: Admitted, part: leaving.Part | Exception) -> Reply:
+    def _told(self, mine: Admitted, way: Way, part: leaving.Part | Exception) -> Reply:
         if isinstance(part, Exception):
             raise part
         if part.unsound:
             raise _not_finite(part.unsound)
-        return self._reply(mine, part.steps, part.within)
+        return self._reply(mine, way, part.steps, part.within)
 
-    def _take(self, mine: Admitted, made: Callable[[], tuple[Tensor, int]]) -> Reply:
+    def _take(self, mine: Admitted, way: Way, made: Callable[[], tuple[Tensor, int]]) -> Reply:
         whole, steps = made()
         if not steps:
             return training.finished(self._node, mine, _vector(whole), steps)
         update, within = training.protected(_vector(whole), mine.task, self._node.settings)
         if not np.isfinite(update).all():
             raise _not_finite(int(np.count_nonzero(~np.isfinite(update))))
-        weight = self._weigh(len(mine.examples.y))
+        weight = self._weigh(mine.count)
         self._add(torch.from_numpy(update), weight, weight)
-        return self._reply(mine, steps, within)
+        return self._reply(mine, way, steps, within)
 
     def _add(self, update: Tensor, times: float, weight: float) -> None:
         if self._total is None:
@@ -97,10 +98,10 @@ class Sum:
         self._total.add_(update, alpha=times)
         self._weight += weight
 
-    def _reply(self, mine: Admitted, steps: int, within: bool) -> Reply:
-        task, count = mine.task, len(mine.examples.y)
-        summand = Summand(self._bytes(len(task.weights)), self._weigh(count))
-        return Reply(task.round, task.client, b"", count, steps, within=within, summand=summand)
+    def _reply(self, mine: Admitted, way: Way, steps: int, within: bool) -> Reply:
+        task, count = mine.task, mine.count
+        summand = self._summand(len(task.weights), count)
+        return Reply(task.round, task.client, b"", count, steps, within=within, summand=summand, way=way)
 
     def carried(self, replies: list[Reply]) -> list[Reply]:
         """`replies`, the last good one of which carries the sum."""
@@ -112,6 +113,10 @@ class Sum:
                 )
                 break
         return replies
+
+
+def _summand(node: Node, weigh: Weigh, entries: int, examples: int) -> Summand:
+    return Summand(upload.size(node.settings, entries), weigh(examples))
 
 
 def _counts(part: leaving.Part | Exception) -> bool:

@@ -10,14 +10,13 @@ matrices where that pays (clients/gram.py), else through one model for all (clie
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from clients import answers, groups, placement, training, upload
+from clients import answers, groups, placement, reading, training, upload
 from clients.answers import Weigh
 from clients.task import Reply, Task
 from clients.training import Admitted, Node
@@ -45,13 +44,14 @@ def cut(tasks: Sequence[Task], size: int) -> list[Sequence[Task]]:
 def answer(node: Node, tasks: Sequence[Task], weigh: Weigh | None = None) -> list[Reply]:
     """One reply a task, in order. weigh: sum the updates, so weighted; None: each reply carries its own payload."""
     with training.one_thread(), placement.exactly(placement.of(node.settings)):
-        begun = [training.guarded(task, partial(_admitted, node, task)) for task in tasks]
+        read = reading.together(node.federation, [task.client for task in tasks])
+        begun = [training.guarded(task, partial(_admitted, node, task, read)) for task in tasks]
         replies = {one.client: one for one in begun if isinstance(one, Reply)}
         ready = [one for one in begun if isinstance(one, Admitted)]
         summed = None if weigh is None else answers.Sum(node, weigh)
         for group in groups.groups(node, ready):
             made = summed.take(group) if summed else answers.singly(node, group)
-            replies |= {one.client: one if one.reason else replace(one, way=group.way) for one in made}
+            replies |= {one.client: one for one in made}
     inorder = [replies[task.client] for task in tasks]
     return inorder if summed is None else summed.carried(inorder)
 
@@ -79,9 +79,9 @@ def alone(node: Node, task: Task) -> Reply:
     return answer(node, [task])[0]
 
 
-def _admitted(node: Node, task: Task) -> Admitted:
+def _admitted(node: Node, task: Task, read: reading.Read) -> Admitted:
     check(node.settings.local)  # a device may lack what the server's machine has
-    return training.admitted(node, task)
+    return training.admitted(node, task, read)
 
 
 def check(local: Local) -> None:

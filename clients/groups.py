@@ -7,14 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clients import fused, gram, placement, private_stack, sgd, stack, training
+from clients.reading import Held
 from clients.task import Task, Way
 from clients.training import Admitted, Node
 from clients.ways import Ways, rows
 from privacy import on_device
+from scenarios import Examples
 from scenarios.seeds import derive
 
 _WASTE = 2
@@ -40,14 +44,13 @@ def groups(node: Node, ready: Sequence[Admitted]) -> Iterator[Group]:
     if not ready:
         return
     there, first = placement.of(node.settings), ready[0].task
-    model = placement.moved(training.fitted(node, first), there)
     (start,) = placement.sent(there, torch.from_numpy(first.weights))  # all tasks of a block have the same
     away = not start.is_cpu
-    ways = Ways.of(node, model)
+    ways = Ways.fitting(node, first)
     chain, private, short, long = ways.chain, list[Admitted](), list[Admitted](), dict[Way, list[Admitted]]()
     for mine in ready:
         task = mine.task
-        way = ways.at(len(mine.examples.y), task.steps, task.mechanism is not None, task.deadline > 0)
+        way = ways.at(mine.count, task.steps, task.mechanism is not None, task.deadline > 0)
         if way.name == "single":
             yield Group(way, [mine], [partial(_by_itself, node, mine)])
         elif way.name == "rows":
@@ -71,6 +74,7 @@ def groups(node: Node, ready: Sequence[Admitted]) -> Iterator[Group]:
         updates = [partial(_of, made, k, mine.task.steps) for k, mine in enumerate(part)]
         yield Group(Way("gram"), part, updates, made.total, away)
     if long:
+        model = placement.moved(training.fitted(node, first), there)
         trainer = fused.Trainer(model, _pulls(node, ready[0].task), node.settings.local.precision == "bf16")
         for way, part in long.items():
             yield Group(way, part, [partial(_by_fused, node, trainer, start, mine) for mine in part], away=away)
@@ -122,7 +126,7 @@ def _taken(update: Tensor, steps: int) -> tuple[Tensor, int]:
 
 def _by_fused(node: Node, trainer: fused.Trainer, start: Tensor, mine: Admitted) -> tuple[Tensor, int]:
     there = start.device
-    batches = placement.indices(sgd.shuffled(len(mine.examples.y), mine.task, node.settings), there)
+    batches = placement.indices(sgd.shuffled(mine.count, mine.task, node.settings), there)
     (correction,) = (None,) if mine.correction is None else placement.sent(there, torch.from_numpy(mine.correction))
     x, y = placement.sent(there, *mine.examples)
     with training.drawing(node.settings, mine.task):
@@ -140,37 +144,40 @@ def _pulls(node: Node, task: Task) -> fused.Pulls:
 
 def _rows(node: Node, mine: Admitted) -> int:
     """R: the examples that a client's steps train on, were all batches full."""
-    return rows(node.settings.local, len(mine.examples.y), mine.task.steps)
+    return rows(node.settings.local, mine.count, mine.task.steps)
 
 
 def _alike(node: Node, members: Sequence[Admitted]) -> Iterator[Sequence[Admitted]]:
     """`members` in parts of not too different rows, in their order: what is shorter is filled up."""
-    left = list(members)
+    left = [(_rows(node, mine), mine) for mine in members]
     while left:
-        least = min(_rows(node, mine) for mine in left)
-        yield [mine for mine in left if _rows(node, mine) <= _WASTE * least]
-        left = [mine for mine in left if _rows(node, mine) > _WASTE * least]
+        most = _WASTE * min(count for count, _ in left)
+        yield [mine for count, mine in left if count <= most]
+        left = [(count, mine) for count, mine in left if count > most]
 
 
 def _batches(node: Node, members: Sequence[Admitted], there: torch.device) -> gram.Batches:
-    cuts = [list(sgd.shuffled(len(mine.examples.y), mine.task, node.settings)) for mine in members]
+    cuts = [list(sgd.shuffled(mine.count, mine.task, node.settings)) for mine in members]
     sizes = [[batch.shape[0] for batch in batches] for batches in cuts]
-    T, B = max(map(len, sizes)), max(map(max, sizes))
+    K, T, B = len(members), max(map(len, sizes)), max(map(max, sizes))
     full = all(len(steps) == T and min(steps) == B for steps in sizes)
-    x, y = members[0].examples
-    make = torch.Tensor.new_empty if full else torch.Tensor.new_zeros
-    x_KRX, y_KR = make(x, (len(members), T * B, *x.shape[1:])), make(y, (len(members), T * B))
-    live_KTB = torch.zeros(len(members), T, B, dtype=torch.bool)
-    for k, (mine, batches) in enumerate(zip(members, cuts, strict=True)):
-        drawn = torch.cat(batches)
-        if full:
-            torch.index_select(mine.examples.x, 0, drawn, out=x_KRX[k])
-            torch.index_select(mine.examples.y, 0, drawn, out=y_KR[k])
-            continue
-        for t, size in enumerate(sizes[k]):
-            live_KTB[k, t, :size] = True
-        rows = live_KTB[k].flatten().nonzero()[:, 0]
-        x_KRX[k].index_copy_(0, rows, mine.examples.x[drawn])
-        y_KR[k].index_copy_(0, rows, mine.examples.y[drawn])
-    x_KRX, y_KR, live_KTB = placement.sent(there, x_KRX, y_KR, live_KTB)
-    return gram.Batches(x_KRX, y_KR, None if full else live_KTB, tuple(map(len, sizes)), B)
+    (x, y), begins = _whole([mine.held for mine in members])
+    drawn = torch.cat([batch for batches in cuts for batch in batches])
+    drawn += torch.from_numpy(np.repeat(begins, [sum(steps) for steps in sizes]))
+    x, y, live_KTB = x.index_select(0, drawn), y.index_select(0, drawn), None
+    if not full:
+        sizes_KT = torch.tensor([steps + [0] * (T - len(steps)) for steps in sizes])
+        live_KTB = torch.arange(B) < sizes_KT[:, :, None]
+        rows = live_KTB.flatten().nonzero()[:, 0]
+        x, y = (part.new_zeros(K * T * B, *part.shape[1:]).index_copy_(0, rows, part) for part in (x, y))
+        (live_KTB,) = placement.sent(there, live_KTB)
+    x_KRX, y_KR = placement.sent(there, x.view(K, T * B, *x.shape[1:]), y.view(K, T * B))
+    return gram.Batches(x_KRX, y_KR, live_KTB, tuple(map(len, sizes)), B)
+
+
+def _whole(held: Sequence[Held]) -> tuple[Examples, NDArray[np.int64]]:
+    """(the examples of all, the row with which each one's begin)."""
+    if all(one.whole is held[0].whole for one in held):
+        return held[0].whole, np.array([one.first for one in held])
+    x, y = (torch.cat(parts) for parts in zip(*(one.examples for one in held), strict=True))
+    return Examples(x, y), np.cumsum([0, *(one.count for one in held[:-1])])

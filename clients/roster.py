@@ -49,6 +49,16 @@ def meet(node: Node) -> Roster:
     return Roster(names, examples, digests, lru_cache(maxsize=_DEVICES)(drawn))
 
 
+def size(roster: Mapping[str, Hello], name: str) -> int:
+    """The training examples of one client, without the rest that it says, whose digest may lie on disk."""
+    return int(roster.examples[roster.names.place(name)]) if isinstance(roster, Roster) else roster[name].examples
+
+
+def ability(roster: Mapping[str, Hello], name: str) -> Device:
+    """The device of one client."""
+    return roster.able(name) if isinstance(roster, Roster) else roster[name].device
+
+
 def examples(roster: Mapping[str, Hello]) -> Sizes:
     """The training examples of every client."""
     if isinstance(roster, Roster):

@@ -90,4 +90,5 @@ def _shuffled(examples: int, batch: int, seed: int) -> Iterator[Tensor]:
     """Batches of indices without end, reshuffled each epoch; the last batch of an epoch may be smaller."""
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield from torch.split(torch.randperm(examples, generator=generator), batch or examples)
+        order = torch.randperm(examples, generator=generator)
+        yield from torch.split(order, batch) if 0 < batch < examples else (order,)

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clients import codecs, coordinates, device, encrypting, masking, placement, scaffold, sgd, state, upload
+from clients import codecs, coordinates, device, encrypting, masking, placement, reading, scaffold, sgd, state, upload
 from clients.task import Device, Hello, Reply, Task
 from privacy import accounting, cohort_noise, dp_sgd, durable, exact_counts, local_noise, noise_shares, noisy_counts
 from privacy.integers import Grid, Integers
@@ -21,7 +21,7 @@ from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, build_model, predict
 from scenarios.seeds import derive
 from scenarios.settings import Settings
-from scenarios.weights import Vector, fit, flatten, load
+from scenarios.weights import Layout, Vector, fit, flatten, load
 
 Made = TypeVar("Made")
 
@@ -51,6 +51,11 @@ class Node:
     def template(self) -> nn.Module:
         """The model as the scenario builds it; copied for every task."""
         return build_model(self.scenario, self.settings)
+
+    @cached_property
+    def ways(self) -> dict[Layout, Any]:
+        """How clients/ways.py found that models of these shapes are trained in blocks."""
+        return {}
 
     @cached_property
     def apart(self) -> bool:
@@ -134,10 +139,19 @@ class Admitted:
     """A task to train that this node takes on, with all that its client brings to it."""
 
     task: Task
-    examples: Examples
+    held: reading.Held
     before: state.ClientState
     correction: Vector | None
     """(P,) added to every gradient (clients/scaffold.py); None: without."""
+
+    @property
+    def examples(self) -> Examples:
+        return self.held.examples
+
+    @property
+    def count(self) -> int:
+        """Of the client's examples."""
+        return self.held.count
 
 
 def _train(node: Node, task: Task) -> Reply:
@@ -162,8 +176,11 @@ def drawing(settings: Settings, task: Task) -> Iterator[None]:
         yield
 
 
-def admitted(node: Node, task: Task) -> Admitted:
-    """`task`, with its client's data and state. Raises Refused where it is not what this node's settings ask for."""
+def admitted(node: Node, task: Task, read: reading.Read | None = None) -> Admitted:
+    """`task`, with its client's data and state. Raises Refused where it is not what this node's settings ask for.
+
+    read: where its block's examples are; None: it is by itself.
+    """
     settings = node.settings
     if settings.privacy.by_example and (task.mechanism is None or task.clip != settings.privacy.clip):
         raise Refused("the task is without the differential privacy that this node's settings ask for")
@@ -184,12 +201,13 @@ def admitted(node: Node, task: Task) -> Admitted:
         raise Refused("dropped out, as faults.dropout asks")
     before = state.load(node.states, task)
     correction = scaffold.correction(task, before.control) if settings.local.scaffold else None
-    return Admitted(task, node.federation.client(task.client), before, correction)
+    held = read(task.client) if read else reading.alone(node.federation, task.client)
+    return Admitted(task, held, before, correction)
 
 
 def finished(node: Node, mine: Admitted, whole: Vector, steps: int) -> Reply:
     """What leaves of the update `whole` (P,) that came of so many steps; the client's state is kept for the next."""
-    settings, task, before, count = node.settings, mine.task, mine.before, len(mine.examples.y)
+    settings, task, before, count = node.settings, mine.task, mine.before, mine.count
     if not steps:
         return Reply(task.round, task.client, reason="the deadline came before its first step", late=True)
     update, carried, left = whole, before.residual, None

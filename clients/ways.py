@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from clients import gram, stack
+from clients import gram, stack, training
 from clients.stack import Stack
-from clients.task import Way
+from clients.task import Task, Way
 from clients.training import Node
 from scenarios.settings import Local
 
@@ -25,6 +25,14 @@ class Ways:
     obstacle: str
     """Why they cannot; empty where they can."""
     local: Local
+
+    @classmethod
+    def fitting(cls, node: Node, task: Task) -> "Ways":
+        """Of the model that `task` trains, of its shapes; looked at once for all tasks of them."""
+        if task.layout not in node.ways:
+            node.ways[task.layout] = cls.of(node, training.fitted(node, task))
+        found: Ways = node.ways[task.layout]
+        return found
 
     @classmethod
     def of(cls, node: Node, model: nn.Module) -> "Ways":

@@ -1,16 +1,18 @@
 """Processes that train blocks of clients: forked from the run's own, so that they share its data and need no start.
 
-A block comes out the same in whichever process it is trained. The weights, and the sums that come back, lie in memory
-that both sides share; the rest travels by pipe. A worker that dies is named, and another trains its block again, with
-the same batches; noise is drawn anew.
+A block comes out the same in whichever process it is trained. The weights, and sums of large blocks that come back, lie
+in memory that both sides share; the rest travels by pipe, small blocks several at a time. A worker that dies is named,
+and another trains its blocks again, with the same batches; noise is drawn anew.
 
 Legend: P is the number of weights.
 """
 
 import gc
+import io
 import mmap
 import multiprocessing
 import os
+import pickle
 import signal
 import warnings
 import weakref
@@ -18,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +34,8 @@ Blocks = Sequence[Sequence[Task]]
 _ATTEMPTS = 3
 """How often a block is tried before its clients are given up for the round."""
 _NOWHERE = np.zeros(0, np.float32)
-_IDLE: int | None = None
+_AT_ONCE = 1 << 20
+"""Bytes of updates that blocks of one message may come to, where it is not one block alone."""
 
 
 def available(processes: int) -> int:
@@ -62,25 +66,32 @@ class Workers:
         for i in range(len(blocks)):
             while i not in done:
                 for worker in self._workers:
-                    if waiting and worker.block is None:
-                        at = waiting.pop(0)
-                        worker.start(at, blocks[at])
+                    if waiting and not worker.blocks:
+                        count = 1 if tries[waiting[0]] else self._together(blocks, len(waiting))
+                        some, waiting = waiting[:count], waiting[count:]
+                        worker.start(some, [blocks[at] for at in some])
                 for worker in _answered(self._workers):
-                    at, replies = worker.finish()
-                    if replies is None:
+                    some, answers = worker.finish()
+                    if answers is not None:
+                        done |= zip(some, answers, strict=True)
+                        continue
+                    self._replace(worker, f"in its block{', which is' if len(some) == 1 else 's, which are'}")
+                    for at in some:
                         tries[at] += 1
-                        self._replace(worker, "in its block, which is trained again")
-                        replies = [_lost(task) for task in blocks[at]] if tries[at] == _ATTEMPTS else None
-                    if replies is None:
-                        waiting.insert(0, at)
-                    else:
-                        done[at] = replies
+                    lost = [at for at in some if tries[at] == _ATTEMPTS]
+                    done |= {at: [_lost(task) for task in blocks[at]] for at in lost}
+                    waiting[:0] = [at for at in some if at not in lost]
             yield done.pop(i)
+
+    def _together(self, blocks: Blocks, waiting: int) -> int:
+        """How many of the blocks that wait go in one message: fewer towards the end, so that all workers end alike."""
+        most = _AT_ONCE // max(1, 8 * self._weights.size * max(map(len, blocks)))
+        return max(1, min(most, waiting // (2 * len(self._workers))))
 
     def _meet(self, blocks: Blocks) -> None:
         """Idle workers, as many as have something to do, who see the round's weights."""
         weights = blocks[0][0].weights
-        busy = any(worker.block is not None for worker in self._workers)  # a round was left before its end
+        busy = any(worker.blocks for worker in self._workers)  # a round was left before its end
         if busy or weights.shape != self._weights.shape:
             _end(self._workers)
             self._weights = np.frombuffer(mmap.mmap(-1, max(1, weights.nbytes)), np.float32, weights.size)
@@ -91,7 +102,7 @@ class Workers:
             self._workers.append(_Worker(self._work, self._weights, len(self._workers) + 1))
 
     def _replace(self, worker: "_Worker", what: str) -> None:
-        self._say(f"worker {worker.number} died {what}")
+        self._say(f"worker {worker.number} died {what} trained again")
         worker.end()
         self._workers[self._workers.index(worker)] = _Worker(self._work, self._weights, worker.number)
 
@@ -100,7 +111,7 @@ class _Worker:
     """One process, as its parent sees it."""
 
     def __init__(self, work: Work, weights: Vector, number: int) -> None:
-        self.number, self.block = number, _IDLE
+        self.number, self.blocks = number, list[int]()
         self._total = np.frombuffer(mmap.mmap(-1, max(1, 8 * weights.size)), np.float64, weights.size)
         self.connection, theirs = multiprocessing.Pipe()
         arguments = (work, weights, self._total, theirs, self.connection)
@@ -113,20 +124,21 @@ class _Worker:
             self._process.start()
         theirs.close()
 
-    def start(self, block: int, tasks: Sequence[Task]) -> None:
-        self.block = block
+    def start(self, numbers: list[int], blocks: Blocks) -> None:
+        self.blocks = numbers
         with suppress(OSError):  # dead: `finish` will see it
-            self.connection.send([replace(task, weights=_NOWHERE) for task in tasks])
+            self.connection.send_bytes(_packed(blocks))
 
-    def finish(self) -> tuple[int, list[Reply] | None]:
-        """(the block, its replies; None: the process has died)."""
-        block, self.block = self.block, None
-        assert block is not None
+    def finish(self) -> tuple[list[int], list[list[Reply]] | None]:
+        """(the blocks, their replies; None: the process has died)."""
+        numbers, self.blocks = self.blocks, []
         try:
-            replies: list[Reply] = self.connection.recv()
+            answers: list[list[Reply]] = self.connection.recv()
         except (OSError, EOFError):
-            return block, None
-        return block, [_with_total(reply, self._total) for reply in replies]
+            return numbers, None
+        if len(answers) == 1:
+            answers = [[_with_total(reply, self._total) for reply in answers[0]]]
+        return numbers, answers
 
     def end(self) -> None:
         self.connection.close()
@@ -137,16 +149,45 @@ class _Worker:
 def _serve(
     work: Work, weights: Vector, total: NDArray[np.float64], connection: Connection, parents: Connection
 ) -> None:
-    """The child: a block at a time, until the parent is gone."""
+    """The child: what it is given, until the parent is gone."""
     parents.close()  # or the parent's end would live on in here, and its death would not be heard
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     held = weights.copy()
     with suppress(EOFError, OSError):
         while True:
-            tasks = connection.recv()
+            packed = connection.recv_bytes()
             np.copyto(held, weights)
-            connection.send([_without_total(reply, total) for reply in work([replace(t, weights=held) for t in tasks])])
+            answers = [work(tasks) for tasks in _Unpacking(io.BytesIO(packed), held).load()]
+            if len(answers) == 1:
+                answers = [[_without_total(reply, total) for reply in answers[0]]]
+            connection.send(answers)
+
+
+class _Packing(pickle.Pickler):
+    """Tasks without the weights, which the other side has; all have the same."""
+
+    def __init__(self, file: IO[bytes], weights: Vector) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._weights = weights
+
+    def persistent_id(self, one: object) -> str | None:
+        return "weights" if one is self._weights else None
+
+
+class _Unpacking(pickle.Unpickler):
+    def __init__(self, file: IO[bytes], weights: Vector) -> None:
+        super().__init__(file)
+        self._weights = weights
+
+    def persistent_load(self, _: str) -> Vector:
+        return self._weights
+
+
+def _packed(blocks: Blocks) -> memoryview:
+    file = io.BytesIO()
+    _Packing(file, blocks[0][0].weights).dump(blocks)
+    return file.getbuffer()
 
 
 def _without_total(reply: Reply, shared: NDArray[np.float64]) -> Reply:
@@ -164,7 +205,7 @@ def _with_total(reply: Reply, shared: NDArray[np.float64]) -> Reply:
 
 def _answered(workers: Sequence[_Worker]) -> list[_Worker]:
     """Those who have an answer, or have died; waits for one."""
-    busy = {worker.connection: worker for worker in workers if worker.block is not None}
+    busy = {worker.connection: worker for worker in workers if worker.blocks}
     return [busy[connection] for connection in wait(list(busy)) if isinstance(connection, Connection)]
 
 

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scenarios.contract import Examples, Federation, Scenario, build_model, load, names, predict
+    from scenarios.contract import Examples, Federation, Gathered, Scenario, build_model, load, names, predict
 
-__all__ = ["Examples", "Federation", "Scenario", "build_model", "load", "names", "predict"]
+__all__ = ["Examples", "Federation", "Gathered", "Scenario", "build_model", "load", "names", "predict"]
 
 
 def __getattr__(name: str) -> Any:

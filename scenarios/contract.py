@@ -4,7 +4,7 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -16,7 +16,7 @@ from privacy.refused import Refused
 from scenarios.seeds import derive
 from scenarios.settings import Settings
 
-__all__ = ["Examples", "Federation", "Scenario", "build_model", "load", "names", "predict"]
+__all__ = ["Examples", "Federation", "Gathered", "Scenario", "build_model", "load", "names", "predict"]
 
 
 T = TypeVar("T")
@@ -30,13 +30,24 @@ class Examples(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """`Federation.client` of data of which several clients' examples are read at once for less than each by itself."""
+
+    several: Callable[[Sequence[str]], Examples]
+    """The training examples of these clients, one client's after another's."""
+
+    def __call__(self, name: str) -> Examples:
+        return self.several([name])
+
+
+@dataclass(frozen=True)
 class Federation:
     """Who holds what. A client's examples are made when asked for, so a fleet of any size costs nothing until then."""
 
     sizes: Mapping[str, int]
     """Training examples of each client, by name; where a node holds its own data only, what it knows."""
     client: Callable[[str], Examples]
-    """The training examples of one client."""
+    """The training examples of one client; a `Gathered` where those of several can be read at once."""
     validation: Examples
     """Held by the server, neither test nor client data: calibrates and chooses edge models."""
     test: Examples | None = None

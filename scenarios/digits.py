@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import nn
 
-from scenarios import Examples, Federation, Scenario, partition
+from scenarios import Examples, Federation, Gathered, Scenario, partition
 from scenarios.numbered import ByName
 from scenarios.seeds import derive
 from scenarios.settings import Export, Local, Privacy, Reference, Rounds, Settings
@@ -35,7 +35,7 @@ def data(settings: Settings) -> Federation:
 
     return Federation(
         sizes=ByName(parts.names, lambda at: int(parts.sizes[at])),
-        client=lambda name: examples(x[parts[name]], y[parts[name]]),
+        client=Gathered(lambda names: examples(x[parts.of(names)], y[parts.of(names)])),
         validation=examples(x_held, y_held),
         test=examples(x_test, y_test),
     )

@@ -1,5 +1,6 @@
 """MNIST as McMahan et al. 2017 federate it: 100 clients, IID or two shards of sorted labels each; their 2NN and CNN."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from privacy.refused import Refused
-from scenarios import Examples, Federation, Scenario, partition, sources
+from scenarios import Examples, Federation, Gathered, Scenario, partition, sources
 from scenarios.numbered import ByName
 from scenarios.seeds import derive
 from scenarios.settings import Export, Fleet, Local, Reference, Rounds, Settings
@@ -61,13 +62,13 @@ def data(settings: Settings) -> Federation:
     held, rest = np.sort(order[:_VALIDATION]), np.sort(order[_VALIDATION:])
     parts = partition.split(y[rest], settings.fleet.clients, settings.partition, settings.run.seed)
 
-    def client(name: str) -> Examples:
-        mine = rest[parts[name]]
-        return _examples(x[mine], y[mine])
+    def clients(names: Sequence[str]) -> Examples:
+        theirs = rest[parts.of(names)]
+        return _examples(x[theirs], y[theirs])
 
     return Federation(
         sizes=ByName(parts.names, lambda at: int(parts.sizes[at])),
-        client=client,
+        client=Gathered(clients),
         validation=_examples(x[held], y[held]),
         test=_examples(x_test, y_test),
     )

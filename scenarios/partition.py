@@ -1,7 +1,7 @@
 """Who gets which training examples: iid, Dirichlet by label, by shards of sorted labels; all from the run's seed."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,10 @@ class Parts(ByName[Indices]):
 
     def value(self, at: int) -> Indices:
         return self._order[self._ends[at] - self.sizes[at] : self._ends[at]]
+
+    def of(self, names: Sequence[str]) -> Indices:
+        """The examples of these clients, one client's after another's."""
+        return np.concatenate([self[name] for name in names])
 
 
 def split(labels: NDArray[np.int64], clients: int, how: str, seed: int, least: int = 1) -> Parts:

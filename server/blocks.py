@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from clients import blocks, cohort, messages
 from clients.blocks import Block
 from clients.records import ArrayRecord, RecordDict
+from clients.roster import size
 from clients.task import Hello, Reply, Task
 from clients.training import Node
 from privacy.refused import Refused
@@ -175,7 +176,7 @@ class BlockFleet:
         """
         held = [(task, reply) for task, reply in zip(block, read, strict=True) if reply.summand is not None]
         for task, reply in held:
-            replies.check(task, reply, self._roster[task.client].examples)
+            replies.check(task, reply, size(self._roster, task.client))
         if held and self._settings.privacy.by_client and (total := held[-1][1].summand) and total.total is not None:
             most = sum(task.update_clip for task, _ in held) * (1 + _OVER)
             if (long := float(np.linalg.norm(total.total))) > most:

@@ -76,12 +76,11 @@ def tally(trained: list[dict[str, Any]], way: Way | None) -> None:
     """Count one client more in a row's engine.trained. way: None where nobody said it."""
     if way is None:
         return
-    entry = {"way": way.name, "why": way.why, "precision": way.precision}
     for one in trained:
-        if entry.items() <= one.items():
+        if (one["way"], one["why"], one["precision"]) == (way.name, way.why, way.precision):
             one["clients"] += 1
             return
-    trained.append(entry | {"clients": 1})
+    trained.append({"way": way.name, "why": way.why, "precision": way.precision, "clients": 1})
 
 
 def summed(rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 
 from clients import upload
+from clients.roster import size
 from clients.task import Hello, Reply, Task
 from privacy import cohort_noise
 from scenarios.settings import Settings
@@ -50,7 +51,7 @@ def good(
                 continue
             if reply.reason:
                 raise ValueError(reply.reason)
-            check(task, reply, roster[task.client].examples)
+            check(task, reply, size(roster, task.client))
             one = read(task, reply)
         except ValueError as error:
             row["rejected"].append({"name": task.client, "reason": str(error)})

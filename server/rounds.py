@@ -24,7 +24,7 @@ from scenarios.settings import Local, Settings
 from server import combine, gather, replies, rows, select, step
 from server.plans import planned
 from server.spendings import Spendings, spendings
-from server.state import Row, Score, ServerState, Spent
+from server.state import Row, Score, ServerState
 
 
 class Fleet(Protocol):
@@ -92,10 +92,7 @@ def rounds(
         chosen = select.cohort(names, roster, settings, number, traffic, plans, state.clients)
         for name, reason in (journal.reserve(number, chosen.paid) if plans and chosen.paid else {}).items():
             chosen.leave_out(name, reason)
-        tasks = [
-            _task(state, plans, settings, number, name, steps, clip, largest, shared)
-            for name, steps in chosen.steps.items()
-        ]
+        tasks = _tasks(state, plans, settings, number, chosen.steps, clip, largest, shared)
         tasks = [journal.charged(task) for task in tasks]
 
         # train; what comes back is decoded and checked one by one, and combined as it comes
@@ -163,38 +160,47 @@ def rate(local: Local, number: int, rounds_number: int) -> float:
     return local.rate * (1 - local.decay * progress)
 
 
-def _task(
+def _tasks(
     state: ServerState,
     plans: Mapping[str, Plan],
     settings: Settings,
     number: int,
-    name: str,
-    steps: int,
+    asked: Mapping[str, int],
     clip: float,
     largest: int,
     shared: Coordinates | None,
-) -> Task:
+) -> list[Task]:
+    """Of every client that is asked for so many steps."""
+    assert isinstance(state.clients, Spendings)
     by_example, local = settings.privacy.by_example, settings.privacy.unit == "local"
-    plan = plans[name] if by_example else None  # under example-level DP there is no task without a plan
-    return Task(
+    alike = partial(
+        Task,
         kind="train",
         round=number,
-        client=name,
         weights=state.weights,
         layout=state.layout,
         rate=rate(settings.local, number, settings.rounds.number),
-        steps=steps,
         control=state.control,
         coordinates=shared,
-        state_round=state.clients.get(name, Spent()).last,
         deadline=settings.fleet.deadline if settings.fleet.clock == "wall" else 0.0,
-        mechanism=plan.mechanism if plan else None,
-        clip=plan.clip if plan else 0.0,
         update_clip=clip if settings.privacy.by_client or local else 0.0,
-        update_noise=plans[name].mechanism.noise_multiplier if local else 0.0,
         shares=gather.shares(settings, plans),
         largest=largest,
     )
+    tasks = []
+    for (name, steps), last in zip(asked.items(), state.clients.last(asked), strict=True):
+        plan = plans[name] if by_example else None  # under example-level DP there is no task without a plan
+        tasks.append(
+            alike(
+                client=name,
+                steps=steps,
+                state_round=last,
+                mechanism=plan.mechanism if plan else None,
+                clip=plan.clip if plan else 0.0,
+                update_noise=plans[name].mechanism.noise_multiplier if local else 0.0,
+            )
+        )
+    return tasks
 
 
 def _shared(state: ServerState, settings: Settings, number: int) -> Coordinates | None:

@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from clients import masking
 from clients.device import step_seconds, transfer_seconds
-from clients.roster import examples
+from clients.roster import ability, examples
+from clients.roster import size as held
 from clients.task import Device, Hello
 from privacy import cohort_noise, fixed_size, matrix_noise
 from privacy.plan import Plan
@@ -142,8 +143,7 @@ def cohort(
     chosen.drawn = len(drawn)
     simulated = fleet.clock == "simulated"
     for name in drawn:
-        hello = roster[name]
-        device, size = hello.device, hello.examples
+        device, size = ability(roster, name), held(roster, name)
         if not size:
             chosen.skipped.append({"name": name, "reason": "no examples"})
             continue

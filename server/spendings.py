@@ -74,6 +74,11 @@ class Spendings(Mapping[str, Spent]):
         """Where these clients stand."""
         return np.fromiter(map(self.names.place, names), np.int64)
 
+    def last(self, names: Iterable[str]) -> list[int]:
+        """The last round of which the update of each of these clients was part; 0: none."""
+        found: list[int] = self.rows["last"][self.places(names)].tolist()
+        return found
+
     def lost(self, at: Places, steps: NDArray[Any], whole: NDArray[Any]) -> "Spendings":
         """With what clients `at` may have released in a round that nobody committed."""
         made = self._handed_over(at)

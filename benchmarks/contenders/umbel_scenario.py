@@ -4,7 +4,7 @@ from pathlib import Path
 
 from workload import MODELS, Workload
 
-from scenarios import Examples, Federation, Scenario
+from scenarios import Examples, Federation, Gathered, Scenario
 from scenarios.numbered import ByName, Numbered
 from scenarios.settings import Evaluation, Export, Local, Reference, Settings
 
@@ -17,7 +17,7 @@ def data(settings: Settings) -> Federation:
     validation = Examples(test.x[:1].clone(), test.y[:1].clone())
     return Federation(
         sizes=ByName(names, lambda at: workload.examples),
-        client=lambda name: Examples(*workload.local(names.place(name))),
+        client=Gathered(lambda clients: Examples(*workload.local(*map(names.place, clients)))),
         validation=validation,
         test=test,
     )

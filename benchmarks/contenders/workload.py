@@ -9,7 +9,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -56,11 +56,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _rows(path: str, first: int, count: int) -> np.ndarray[Any, Any]:
-    """Rows of an array in a file, read and not mapped: what was mapped counts as memory of whoever has looked at it."""
+def _rows(path: str, firsts: Sequence[int], count: int) -> np.ndarray[Any, Any]:
+    """From each of `firsts` on so many rows of an array in a file, read and not mapped: what was mapped counts as
+    memory of whoever has looked at it."""
     file, start, dtype, shape = _opened(path)
     size = dtype.itemsize * math.prod(shape)
-    return np.frombuffer(os.pread(file, count * size, start + first * size), dtype).reshape(count, *shape)
+    read = b"".join([os.pread(file, count * size, start + first * size) for first in firsts])
+    return np.frombuffer(read, dtype).reshape(-1, *shape)
 
 
 @lru_cache
@@ -116,10 +118,10 @@ class Workload:
     def orders(self) -> np.ndarray[Any, Any]:
         return self.array("orders")
 
-    def local(self, client: int) -> tuple[Tensor, Tensor]:
-        """(x (N, ...), y (N,)) of one client: it has N rows on end."""
-        first = 0 if self.shared else client * self.examples
-        x, y = (_rows(str(Path(self.folder) / f"{name}.npy"), first, self.examples) for name in ("x", "y"))
+    def local(self, *clients: int) -> tuple[Tensor, Tensor]:
+        """(x (N, ...), y (N,)) of each client, one after another: it has N rows on end."""
+        firsts = [0 if self.shared else client * self.examples for client in clients]
+        x, y = (_rows(f"{self.folder}/{name}.npy", firsts, self.examples) for name in ("x", "y"))
         return self._tensors(x, y)
 
     def test(self) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from clients import cohort
+from clients import workers as workers_of
 from clients.task import Reply, Task
 from clients.training import Node
 from clients.workers import Workers
@@ -186,8 +187,8 @@ def test_a_block_that_kills_every_worker_costs_its_own_clients_alone(tmp_path: P
     assert rows[0]["applied"]
 
 
-def tasks(count: int, value: float) -> list[Task]:
-    weights = np.full(3, value, np.float32)
+def tasks(count: int, value: float, length: int = 3) -> list[Task]:
+    weights = np.full(length, value, np.float32)
     return [Task("train", 1, f"{i:02}", weights, ()) for i in range(count)]
 
 
@@ -213,6 +214,39 @@ def test_a_round_that_is_left_halfway_leaves_nothing_to_the_next() -> None:
     replies = [reply for block in workers.map(cohort.cut(tasks(4, 2.0), 2)) for reply in block]
     assert {reply.payload[:12] for reply in replies} == {np.full(3, 2.0, np.float32).tobytes()}
     workers.close()
+
+
+@pytest.mark.parametrize(("weights", "sent"), [(3, [6, 3, 1, 1, 1]), (1 << 17, [1] * 12)])
+def test_small_blocks_share_a_message_and_large_ones_do_not(
+    monkeypatch: pytest.MonkeyPatch, weights: int, sent: list[int]
+) -> None:
+    given, messages, start = tasks(12, 1.0, weights), list[int](), workers_of._Worker.start
+
+    def started(worker: workers_of._Worker, numbers: list[int], blocks: Sequence[Sequence[Task]]) -> None:
+        messages.append(len(blocks))
+        start(worker, numbers, blocks)
+
+    monkeypatch.setattr(workers_of._Worker, "start", started)
+    workers = Workers(told, 1, print)
+    replies = [reply for block in workers.map(cohort.cut(given, 1)) for reply in block]
+    workers.close()
+    assert messages == sent
+    assert [reply.client for reply in replies] == [task.client for task in given]
+
+
+def test_a_block_that_kills_every_worker_takes_none_of_its_message_along() -> None:
+    workers, said = Workers(deadly, 2, lambda line: said.append(line)), list[str]()
+    replies = [reply for block in workers.map(cohort.cut(tasks(16, 1.0), 1)) for reply in block]
+    workers.close()
+    assert [reply.client for reply in replies if reply.reason] == ["01"]
+    died = [line.partition(" died ")[2] for line in said]
+    assert died == ["in its blocks, which are trained again", *["in its block, which is trained again"] * 2]
+
+
+def deadly(given: Sequence[Task]) -> list[Reply]:
+    if given[0].client == "01":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return told(given)
 
 
 def noised(node: Node, given: Sequence[Task]) -> list[Reply]:
