@@ -15,6 +15,7 @@ Legend: K clients of the block, T steps of the longest, B examples of the larges
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -52,6 +53,12 @@ def most(chain: Stack) -> int:
     """
     small = sum(layer.inputs + layer.outputs for layer in chain.layers)
     return _WORTH * sum(layer.inputs * layer.outputs for layer in chain.layers) // small
+
+
+@lru_cache(maxsize=8)
+def course(pulls: Pulls, steps: int) -> "Course":
+    """The course of so many steps, which all blocks of a round have in common."""
+    return Course(pulls, steps)
 
 
 class Course:
@@ -132,19 +139,20 @@ def train(
     inputs = [x] + [start.new_empty(K, R, layer.inputs) for layer in chain.layers[1:]]
     returned = [start.new_empty(K, R, layer.outputs) for layer in chain.layers]
     first = _forward(weights[0], x)  # of all steps at once: nothing of x depends on a step
-    products = torch.bmm(x, x.transpose(1, 2))
-    course = Course(pulls, R // B)
-    alpha = -pulls.rate if course.even else -1.0
-    here = torch.tensor(course.weights, dtype=start.dtype).repeat_interleave(B, 1)  # (T + 1, R)
-    (weighed,) = placement.sent(start.device, here)
+    products = torch.bmm(x, x.transpose(1, 2)) if R > B else None  # a first step meets nothing
+    way = course(pulls, R // B)
+    alpha = -pulls.rate if way.even else -1.0
+    if not way.even:
+        here = torch.tensor(way.weights, dtype=start.dtype).repeat_interleave(B, 1)  # (T + 1, R)
+        (weighed,) = placement.sent(start.device, here)
     for t in range(R // B):
-        now, before, kept = slice(t * B, (t + 1) * B), slice(0, t * B), float(course.kept[t])
+        now, before, kept = slice(t * B, (t + 1) * B), slice(0, t * B), float(way.kept[t])
 
         # forward: W_t a = a_t W_0 a - D c (A a), and what each function needs to go back
         passed = []
         for i, function in enumerate(chain.functions[1:]):
             if i == 0:
-                outputs, met = first[:, now], products[:, now, before]
+                outputs, met = first[:, now], None if products is None else products[:, now, before]
             else:
                 outputs, met = _forward(weights[i], inputs[i][:, now]), None
             if kept != 1:
@@ -153,7 +161,7 @@ def train(
                 met = torch.bmm(inputs[i][:, now], inputs[i][:, before].transpose(1, 2)) if met is None else met
                 if weights[i][1] is not None:
                     met = met + 1
-                if not course.even:
+                if not way.even:
                     met = met * weighed[t, before]
                 outputs = torch.baddbmm(outputs, met, returned[i][:, before], alpha=alpha)
             passed.append(stack.passed(function, outputs.reshape(K * B, -1)))
@@ -172,13 +180,13 @@ def train(
                     further = further * kept
                 if t:
                     met = torch.bmm(back, returned[i][:, before].transpose(1, 2))
-                    if not course.even:
+                    if not way.even:
                         met = met * weighed[t, before]
                     further = torch.baddbmm(further, met, inputs[i][:, before], alpha=alpha)
                 back = further
     ends = list(batches.steps)  # who has taken all steps stands still
-    last = here.new_full((K, R), pulls.rate) if course.even else here[ends]
-    return Trained(chain, start, inputs, returned, course.kept[ends].tolist(), last)
+    last = torch.full((K, R), pulls.rate, dtype=start.dtype) if way.even else here[ends]
+    return Trained(chain, start, inputs, returned, way.kept[ends].tolist(), last)
 
 
 def _forward(weights: tuple[Tensor, Tensor | None], x: Tensor) -> Tensor:

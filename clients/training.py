@@ -53,6 +53,12 @@ class Node:
         return build_model(self.scenario, self.settings)
 
     @cached_property
+    def carries(self) -> bool:
+        """Whether clients carry something from round to round (clients/state.py)."""
+        kept = coordinates.split(self.settings.codec)[0] is not None or self.settings.local.scaffold
+        return kept or (upload.bits(self.settings) is None and upload.codec(self.settings).feedback)
+
+    @cached_property
     def ways(self) -> dict[Layout, Any]:
         """How clients/ways.py found that models of these shapes are trained in blocks."""
         return {}
@@ -199,7 +205,7 @@ def admitted(node: Node, task: Task, read: reading.Read | None = None) -> Admitt
     coordinates.hold_to(task.coordinates, coordinates.split(settings.codec)[0], len(task.weights))
     if _drops_out(settings, task):
         raise Refused("dropped out, as faults.dropout asks")
-    before = state.load(node.states, task)
+    before = state.load(node.states, task) if node.carries else state.ClientState()
     correction = scaffold.correction(task, before.control) if settings.local.scaffold else None
     held = read(task.client) if read else reading.alone(node.federation, task.client)
     return Admitted(task, held, before, correction)

@@ -26,11 +26,12 @@ class Numbered(Names):
     def __init__(self, number: int, digits: int = 0) -> None:
         """digits: of each number, zeros in front; as many as the last one needs where that is more."""
         self.number, self.digits = number, max(digits, len(str(number - 1)))
+        self._form = f"client-%0{self.digits}d"
 
     def place(self, name: str) -> int:
-        if isinstance(name, str) and name.startswith("client-") and (figures := name[7:]).isdecimal():
+        if isinstance(name, str) and (figures := name[7:]).isdecimal():
             at = int(figures)
-            if at < self.number and name == f"client-{at:0{self.digits}}":
+            if at < self.number and name == self._form % at:
                 return at
         raise KeyError(name)
 
@@ -44,7 +45,7 @@ class Numbered(Names):
         return self.number
 
     def __iter__(self) -> Iterator[str]:
-        return (f"client-{at:0{self.digits}}" for at in range(self.number))
+        return (self._form % at for at in range(self.number))
 
     @overload
     def __getitem__(self, at: int) -> str: ...
@@ -53,8 +54,8 @@ class Numbered(Names):
     def __getitem__(self, at: int | slice) -> str | Sequence[str]:
         chosen = range(self.number)[at]  # negative ones, and IndexError
         if isinstance(chosen, int):
-            return f"client-{chosen:0{self.digits}}"
-        return [f"client-{one:0{self.digits}}" for one in chosen]
+            return self._form % chosen
+        return [self._form % one for one in chosen]
 
 
 class Listed(Names):
