@@ -21,7 +21,7 @@ from privacy.refused import Refused
 from scenarios.numbered import Numbered
 from scenarios.settings import Settings, from_toml, to_toml
 from server.spendings import Spendings
-from server.spent_file import SpentFile, large
+from server.spent_file import SpentFile
 from server.state import Row, ServerState, Spent
 
 _FORMAT = "1"
@@ -174,7 +174,7 @@ class RunFolder:
                 pace=Pace(tensors["pace/speed"], tensors["pace/sent"]) if "pace/sent" in tensors else None,
             )
             row = rest["row"]
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
             raise Refused(f"{path} is damaged ({type(error).__name__}): the run cannot go on from it") from None
         rows = self.rows(torn_tail=True)
         if [r["round"] for r in rows] not in ([*range(1, state.round + 1)], [*range(1, state.round)]):
@@ -242,8 +242,8 @@ class RunFolder:
 
 
 def _clients(clients: Mapping[str, Spent]) -> dict[str, Any]:
-    """What a checkpoint says of them: all by name, or which fleet it is whose rows stand elsewhere."""
-    if isinstance(clients, Spendings) and isinstance(clients.names, Numbered) and large(clients.names):
+    """What a checkpoint says of them: all by name, or which fleet it is whose rows stand apart, as arrays."""
+    if isinstance(clients, Spendings) and isinstance(clients.names, Numbered):
         return {"clients": {}, "fleet": [clients.names.number, clients.names.digits]}
     return {"clients": {name: [s.steps, s.rounds, s.last, s.whole] for name, s in clients.items()}}
 

@@ -61,13 +61,14 @@ class Spendings(Mapping[str, Spent]):
         return spent
 
     def __iter__(self) -> Iterator[str]:
-        return (self.names[at] for at in self._places.tolist())
+        return (self.names[at] for at in self.spent.tolist())
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.spent)
 
     @property
-    def _places(self) -> Places:
+    def spent(self) -> Places:
+        """Of those who have spent something."""
         return np.flatnonzero(self.rows != np.zeros((), ROW))
 
     def places(self, names: Iterable[str]) -> Places:

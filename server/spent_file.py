@@ -1,6 +1,7 @@
 """SpentFile: what every client of a large fleet has spent, on disk; a commit writes the rows that its round changed.
 
-A checkpoint holds those rows. They are put into this file once the checkpoint has replaced the last one, and are on
+The checkpoint of a smaller one, whose clients have numbers, holds the rows of all. That of a large one holds those that
+changed. They are put into this file once the checkpoint has replaced the last one, and are on
 disk before the next one does: whenever a crash comes, the checkpoint's rows over this file are what was committed.
 """
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from privacy.durable import sync_folder
 from scenarios.numbered import Names, Numbered
-from server.spendings import ROW, Spendings
+from server.spendings import ROW, Places, Spendings
 from server.state import Spent
 
 LISTED = 10_000
@@ -38,25 +39,29 @@ class SpentFile:
 
     def changes(self, clients: Mapping[str, Spent]) -> Tensors:
         """What the next checkpoint has to hold so that `clients` is committed; empty for a fleet that is listed."""
-        if not (isinstance(clients, Spendings) and large(clients.names)):
+        if not (isinstance(clients, Spendings) and isinstance(clients.names, Numbered)):
             return {}
+        if not large(clients.names):
+            return _held(clients, clients.spent)
         if self._last is None:
             self._last = Spendings(clients.names)
             self._make(len(clients.names))
         with self._path.open("rb") as file:
             os.fsync(file.fileno())
-        places = clients.changed(self._last)
-        return {_PLACES: places, _ROWS: clients.rows[places].view(np.uint8).reshape(len(places), ROW.itemsize)}
+        return _held(clients, clients.changed(self._last))
 
     def settle(self, clients: Mapping[str, Spent], held: Tensors) -> None:
         """The checkpoint with `held` was written: put its rows into the file."""
-        if held:
-            assert isinstance(clients, Spendings)
+        if isinstance(clients, Spendings) and large(clients.names):
             self._put(held)
             self._last = clients
 
     def read(self, names: Names, tensors: Tensors) -> Spendings:
         """What the checkpoint with these tensors committed. Raises ValueError or OSError where the file is no such."""
+        if not large(names):
+            rows = np.zeros(len(names), ROW)
+            _fill(rows, tensors)
+            return Spendings(names, rows)
         self._put(tensors)
         self._last = Spendings(names, np.load(self._path, allow_pickle=False))
         return self._last
@@ -65,7 +70,7 @@ class SpentFile:
         rows = np.lib.format.open_memmap(self._path, mode="r+")
         if rows.dtype != ROW or rows.ndim != 1:
             raise ValueError("other rows")
-        rows[tensors[_PLACES]] = np.ascontiguousarray(tensors[_ROWS]).view(ROW)[:, 0]
+        _fill(rows, tensors)
 
     def _make(self, clients: int) -> None:
         self._path.parent.mkdir(exist_ok=True)
@@ -73,3 +78,11 @@ class SpentFile:
         np.lib.format.open_memmap(partial, "w+", ROW, (clients,))  # a hole: what nobody wrote to takes no room
         partial.replace(self._path)
         sync_folder(self._path.parent)
+
+
+def _held(clients: Spendings, places: Places) -> Tensors:
+    return {_PLACES: places, _ROWS: clients.rows[places].view(np.uint8).reshape(len(places), ROW.itemsize)}
+
+
+def _fill(rows: NDArray[Any], tensors: Tensors) -> None:
+    rows[tensors[_PLACES]] = np.ascontiguousarray(tensors[_ROWS]).view(ROW)[:, 0]

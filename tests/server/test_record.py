@@ -1,15 +1,18 @@
 """The run folder: whatever a crash leaves behind, the last committed round comes back whole, or is refused."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from privacy.refused import Refused
+from scenarios.numbered import Numbered
 from scenarios.settings import Settings
 from server import record
 from server.record import RunFolder
+from server.spendings import Spendings
 from server.state import ServerState, Spent
 
 
@@ -58,6 +61,31 @@ def test_what_was_committed_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert same(found, made_state(3))
     assert folder.rows() == [row(1), row(2), row(3)]
     assert folder.settings() == ("digits", Settings())
+
+
+def numbered(number: int, spent: Sequence[int]) -> ServerState:
+    clients = Spendings(Numbered(20)).after(number, np.array(spent), np.full(len(spent), 2), 1, np.array(spent[:1]))
+    return replace(made_state(number), clients=clients)
+
+
+def test_a_small_fleet_of_numbers_comes_back_with_all_that_it_spent(tmp_path: Path) -> None:
+    with RunFolder.create(tmp_path / "run", "digits", Settings()) as folder:
+        folder.commit(numbered(1, [3, 17]), row(1))
+    with RunFolder.open(tmp_path / "run") as folder:
+        found = folder.committed()
+    assert found is not None
+    assert dict(found.clients) == {"client-03": Spent(2, 1, 1, 1), "client-17": Spent(2, 1, 0, 1)}
+    assert not (tmp_path / "run/fleet").exists()
+
+
+def test_a_checkpoint_of_clients_that_its_fleet_has_not_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunFolder.create(tmp_path / "run", "digits", Settings()) as folder:
+        folder.commit(numbered(1, [3, 17]), row(1))
+    monkeypatch.setattr(record, "Numbered", lambda number, digits: Numbered(number - 5, digits))
+    with RunFolder.open(tmp_path / "run") as folder, pytest.raises(Refused, match="is damaged"):
+        folder.committed()
 
 
 def test_a_run_without_a_round_has_nothing_committed(tmp_path: Path) -> None:
