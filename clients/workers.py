@@ -25,7 +25,10 @@ from numpy.typing import NDArray
 from clients.task import Reply, Task
 from scenarios.weights import Vector
 
-Work = Callable[[Sequence[Task]], list[Reply]]
+Room = NDArray[np.float64]
+"""(P,) where a block's sum may lie; what stood there before is of no use."""
+Work = Callable[[Sequence[Task], Room], list[Reply]]
+"""(the tasks of a block, room for its sum) -> a reply to each."""
 Blocks = Sequence[Sequence[Task]]
 
 _ATTEMPTS = 3
@@ -55,7 +58,10 @@ class Workers:
         _end(self._workers)
 
     def map(self, blocks: Blocks) -> Iterator[list[Reply]]:
-        """The replies to the tasks of each block, in order. All tasks have the same weights."""
+        """The replies to the tasks of each block, in order. All tasks have the same weights.
+
+        A block's sum lies where its worker put it, and stands there until the next block is asked for.
+        """
         self._meet(blocks)
         waiting, tries = list(range(len(blocks))), [0] * len(blocks)
         done: dict[int, list[Reply]] = {}
@@ -63,6 +69,8 @@ class Workers:
             while i not in done:
                 for worker in self._workers:
                     if waiting and worker.block is None:
+                        if worker.last in done:  # its sum would be written over
+                            done[worker.last] = [_kept(reply) for reply in done[worker.last]]
                         at = waiting.pop(0)
                         worker.start(at, blocks[at])
                 for worker in _answered(self._workers):
@@ -100,7 +108,7 @@ class _Worker:
     """One process, as its parent sees it."""
 
     def __init__(self, work: Work, weights: Vector, number: int) -> None:
-        self.number, self.block = number, _IDLE
+        self.number, self.block, self.last = number, _IDLE, _IDLE
         self._total = np.frombuffer(mmap.mmap(-1, max(1, 8 * weights.size)), np.float64, weights.size)
         self.connection, theirs = multiprocessing.Pipe()
         arguments = (work, weights, self._total, theirs, self.connection)
@@ -121,6 +129,7 @@ class _Worker:
     def finish(self) -> tuple[int, list[Reply] | None]:
         """(the block, its replies; None: the process has died)."""
         block, self.block = self.block, None
+        self.last = block
         assert block is not None
         try:
             replies: list[Reply] = self.connection.recv()
@@ -134,9 +143,7 @@ class _Worker:
         self._process.join()
 
 
-def _serve(
-    work: Work, weights: Vector, total: NDArray[np.float64], connection: Connection, parents: Connection
-) -> None:
+def _serve(work: Work, weights: Vector, total: Room, connection: Connection, parents: Connection) -> None:
     """The child: a block at a time, until the parent is gone."""
     parents.close()  # or the parent's end would live on in here, and its death would not be heard
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the parent decides
@@ -146,20 +153,28 @@ def _serve(
         while True:
             tasks = connection.recv()
             np.copyto(held, weights)
-            connection.send([_without_total(reply, total) for reply in work([replace(t, weights=held) for t in tasks])])
+            replies = work([replace(t, weights=held) for t in tasks], total)
+            connection.send([_without_total(reply, total) for reply in replies])
 
 
-def _without_total(reply: Reply, shared: NDArray[np.float64]) -> Reply:
+def _without_total(reply: Reply, shared: Room) -> Reply:
     if reply.summand is None or reply.summand.total is None:
         return reply
-    shared[:] = reply.summand.total
+    if reply.summand.total is not shared:
+        shared[:] = reply.summand.total
     return replace(reply, summand=replace(reply.summand, total=shared[:0]))
 
 
-def _with_total(reply: Reply, shared: NDArray[np.float64]) -> Reply:
+def _with_total(reply: Reply, shared: Room) -> Reply:
     if reply.summand is None or reply.summand.total is None:
         return reply
-    return replace(reply, summand=replace(reply.summand, total=shared.copy()))
+    return replace(reply, summand=replace(reply.summand, total=shared))
+
+
+def _kept(reply: Reply) -> Reply:
+    if reply.summand is None or reply.summand.total is None:
+        return reply
+    return _with_total(reply, reply.summand.total.copy())
 
 
 def _answered(workers: Sequence[_Worker]) -> list[_Worker]:

@@ -16,7 +16,7 @@ from torch import nn
 from clients import cohort
 from clients.task import Reply, Task
 from clients.training import Node
-from clients.workers import Workers
+from clients.workers import Room, Workers
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario
 from scenarios.settings import Settings, override
@@ -191,7 +191,7 @@ def tasks(count: int, value: float) -> list[Task]:
     return [Task("train", 1, f"{i:02}", weights, ()) for i in range(count)]
 
 
-def told(given: Sequence[Task]) -> list[Reply]:
+def told(given: Sequence[Task], _: Room) -> list[Reply]:
     return [Reply(task.round, task.client, task.weights.tobytes() + os.urandom(8)) for task in given]
 
 
@@ -215,7 +215,7 @@ def test_a_round_that_is_left_halfway_leaves_nothing_to_the_next() -> None:
     workers.close()
 
 
-def noised(node: Node, given: Sequence[Task]) -> list[Reply]:
+def noised(node: Node, given: Sequence[Task], _: Room) -> list[Reply]:
     return cohort.answer(node, given)
 
 
