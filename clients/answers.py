@@ -51,9 +51,9 @@ class Sum:
         clipped = any(mine.task.update_clip for mine in group.members)
         if group.total is not None and not clipped:
             weights = [self._weigh(len(mine.examples.y)) for mine in group.members]
-            total = torch.from_numpy(placement.fetched(group.total(weights)))
-            if total.isfinite().all():
-                self._add(total, 1.0, sum(weights))
+            made = group.total(weights)
+            if made is not None and np.isfinite(total := placement.fetched(made)).all():
+                self._add(torch.from_numpy(total), 1.0, sum(weights))
                 return [self._reply(mine, mine.task.steps, True) for mine in group.members]
         updates = group.updates
         if group.away:

@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from clients import private_stack
 from clients.stack import read
 from clients.task import Way
+from clients.together import MOST, large
 from clients.training import Node
 from clients.ways import rows
 
@@ -55,6 +56,10 @@ def need(node: Node, way: Way, block: int, examples: int, steps: int, payload: i
     if way.name == "single" and node.settings.privacy.by_example:
         batch = min(batch, max(1, _SAMPLES // weights))
         taken += 2 * 4 * batch * weights
+    if way.name == "fused" and not payload and (shared := large(model, count)):
+        side = min(block, MOST)  # each with what a batch leaves, and all that the shared layers see
+        seen = sum(layer.in_features + layer.out_features for layer in shared)
+        return taken + (1 + 2 * side) * _saved(node, batch) + 4 * side * count * seen
     return taken + 3 * _saved(node, batch)
 
 

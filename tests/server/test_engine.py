@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from clients import cohort
-from clients.task import Reply, Task
+from clients.task import Reply, Summand, Task
 from clients.training import Node
 from clients.workers import Room, Workers
 from privacy.refused import Refused
@@ -205,6 +206,27 @@ def test_workers_see_each_rounds_weights_and_draw_apart() -> None:
         drawn |= {reply.payload[12:] for reply in replies}
     assert len(drawn) == 12
     workers.close()
+
+
+def summing(given: Sequence[Task], room: Room) -> list[Reply]:
+    """The sum of each block is the number of its first client; the first block is the last to be done."""
+    room[:] = float(given[0].client)
+    time.sleep(0.3 * (given[0].client == "00"))
+    *others, last = (Reply(task.round, task.client, summand=Summand(0, 1.0)) for task in given)
+    assert last.summand is not None
+    return [*others, replace(last, summand=replace(last.summand, total=room, whole=float(len(given))))]
+
+
+def test_the_sums_of_blocks_that_are_done_early_stand_until_they_are_read() -> None:
+    workers = Workers(summing, 2, print)
+    totals = [
+        reply.summand.total.copy()
+        for block in workers.map(cohort.cut(tasks(8, 1.0), 2))
+        for reply in block
+        if reply.summand is not None and reply.summand.total is not None
+    ]
+    workers.close()
+    assert [total.tolist() for total in totals] == [[number] * 3 for number in (0.0, 2.0, 4.0, 6.0)]
 
 
 def test_a_round_that_is_left_halfway_leaves_nothing_to_the_next() -> None:
