@@ -13,6 +13,7 @@ Legend: P is the number of weights, K of clients, N of a client's examples, R of
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -43,10 +44,10 @@ class Private:
     y: Tensor
     steps: int
     mechanism: Mechanism
-    generator: torch.Generator
+    source: dp_sgd.Source
     """Of its noise, on the device of x."""
-    draws: torch.Generator | None = None
-    """Of its samples, on the processor; None: the same."""
+    draws: torch.Generator
+    """Of its samples, on the processor; it may be the same."""
 
 
 def together(chain: Stack) -> int:
@@ -65,8 +66,7 @@ def train(
     """
     for one in clients:
         placement.agree(start, one.x, one.y)
-    weights_KP, noise = start.repeat(len(clients), 1), torch.empty_like(start)
-    parts = [part for layer in chain.layers for part in layer.of(noise) if part is not None]
+    weights_KP, noise = start.repeat(len(clients), 1), dp_sgd.Noise(start, partial(_parts, chain))
     x, y = chain.functions[0](torch.cat([one.x for one in clients])), torch.cat([one.y for one in clients])
     scales = [pulls.rate / (one.mechanism.sampling_rate * len(one.y)) for one in clients]
     velocities = torch.zeros_like(weights_KP) if pulls.momentum else None
@@ -87,8 +87,7 @@ def train(
             for bias, move in zip(biases or (), moves, strict=False):
                 bias.sub_(move.sum(0))
         for k, flat, moved in zip(live, own, to, strict=True):
-            dp_sgd.draw_noise(parts, clients[k].mechanism, clip, clients[k].generator)
-            moved.sub_(noise, alpha=scales[k])
+            noise.add(moved, -scales[k], clients[k].mechanism, clip, clients[k].source)
             if moved is not flat:
                 flat.add_(moved)
     return list(weights_KP.sub_(start))
@@ -110,7 +109,7 @@ class _Step:
 
 def _steps(clients: Sequence[Private], scales: Sequence[float], dtype: torch.dtype) -> Iterator[_Step]:
     """Each step's samples, drawn when it is asked for: the noise of the step before may be of the same generator."""
-    samples = [dp_sgd.poisson(one.mechanism, len(one.y), one.steps, one.draws or one.generator) for one in clients]
+    samples = [dp_sgd.poisson(one.mechanism, len(one.y), one.steps, one.draws) for one in clients]
     firsts = [0]
     for one in clients[:-1]:
         firsts.append(firsts[-1] + len(one.y))
@@ -135,6 +134,10 @@ def _sent(steps: Iterator[_Step], there: torch.device) -> Iterator[_Step]:
     rows, scales = placement.sent(there, torch.cat([s.rows for s in whole]), torch.cat([s.scales for s in whole]))
     for step, own, weighing in zip(whole, torch.split(rows, sizes), torch.split(scales, sizes), strict=True):
         yield replace(step, rows=own, scales=weighing)
+
+
+def _parts(chain: Stack, flat: Tensor) -> list[Tensor]:
+    return [part for layer in chain.layers for part in layer.of(flat) if part is not None]
 
 
 def weights(chain: Stack, flats: Sequence[Tensor]) -> list[Weights]:

@@ -2,8 +2,9 @@
 
 Opacus takes a second and 50 MB to load: it is where it is used, so that runs without it do without.
 
-Guarantee: with the generator of `noise_generator(None)`, every call of `PrivateGradient.step` is one `Mechanism` step
-on the client's examples, add-or-remove-one adjacency, whoever sees the gradient (Abadi et al. 2016, Algorithm 1).
+Guarantee: with a `KeyStream`, or the generator of `noise_generator(None)`, every call of `PrivateGradient.step` is one
+`Mechanism` step on the client's examples, add-or-remove-one adjacency, whoever sees the gradient (Abadi et al. 2016,
+Algorithm 1).
 """
 
 import copy
@@ -16,8 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from privacy.key_stream import Gaussian, KeyStream
 from privacy.plan import History, Mechanism
 from privacy.refused import Refused
+
+Source = torch.Generator | KeyStream
+"""Of noise: a key stream; torch's generator on a GPU, and of a seed."""
 
 _FLOATS_AT_ONCE = 1 << 26
 _HEAD, _WORDS = 24, 624
@@ -105,24 +110,37 @@ def poisson(mechanism: Mechanism, examples: int, steps: int, generator: torch.Ge
     return iter(sampler)
 
 
-def draw_noise(parts: Iterable[Tensor], mechanism: Mechanism, clip: float, generator: torch.Generator) -> None:
-    """Fill `parts` with the noise of a sum of gradients that are each clipped at `clip`: as Opacus does, in its order.
+class Noise:
+    """Noise for sums of gradients that are vectors (P,), with room for its draws."""
 
-    torch's `normal_`: Box-Muller on 24 bits (float32), so no draw is beyond 5.77 standard deviations, 8e-9 of a true
-    Gaussian's; docs/performance.md says what that means.
-    """
-    deviation = mechanism.noise_multiplier * clip
-    for part in parts:
-        _ = part.normal_(0.0, deviation, generator=generator) if deviation else part.zero_()
+    def __init__(self, like: Tensor, parts: Callable[[Tensor], Iterable[Tensor]]) -> None:
+        """parts: the layers' own of a vector, which torch's generator fills one after another, as Opacus has it."""
+        self._room = torch.empty_like(like)
+        self._parts = list(parts(self._room))
+        self._gaussian = Gaussian(like) if like.is_cpu else None
+
+    def add(self, to: Tensor, times: float, mechanism: Mechanism, clip: float, source: Source) -> None:
+        """Add to `to` (P,) `times` the noise of a sum of gradients that are each clipped at `clip`, in place."""
+        deviation = mechanism.noise_multiplier * clip
+        if not deviation:
+            return
+        if isinstance(source, KeyStream):
+            assert self._gaussian is not None
+            self._gaussian.add(to, times * deviation, source)
+            return
+        for part in self._parts:
+            part.normal_(0.0, deviation, generator=source)
+        to.add_(self._room, alpha=times)
 
 
 class PrivateGradient:
     """Leaves in every `parameter.grad` the clipped, noised mean gradient of a Poisson sample.
 
-    Opacus' own classes do the work; its PrivacyEngine is not used because it derives the sampling rate and the
-    expected batch from the loader's length (rate 1/ceil(n/B), batch 0 for n=49, B=1), and both must be the plan's.
-    Buffers keep their values, as what a layer remembers of its inputs is not noised. An example whose gradient is not
-    finite counts as zero where it is not: a sum that it could turn to NaN would tell of it.
+    Opacus' own classes clip and sum up, and draw the noise of a seed. That of a key stream is added after them, as the
+    cryptographic generator that Opacus would use cannot be had for this torch. Its PrivacyEngine is not used because it
+    derives the sampling rate and the expected batch from the loader's length (rate 1/ceil(n/B), batch 0 for n=49, B=1),
+    and both must be the plan's. Buffers keep their values, as what a layer remembers of its inputs is not noised. An
+    example whose gradient is not finite counts as zero where it is not: a sum that it turned to NaN would tell of it.
     """
 
     def __init__(
@@ -131,25 +149,29 @@ class PrivateGradient:
         loss: Callable[[Tensor, Tensor], Tensor],
         mechanism: Mechanism,
         clip: float,
-        generator: torch.Generator,
+        source: Source,
         draws: torch.Generator | None = None,
     ) -> None:
-        """generator: of the noise, on the model's device. draws: of the samples, on the processor; None: the same."""
+        """source: of the noise, on the model's device. draws: of the samples; None: `source` if it is torch's."""
         from opacus import GradSampleModule
         from opacus.optimizers import DPOptimizer
 
-        self._model, self._loss, self._mechanism = model, loss, mechanism
-        self._draws, self._clip = draws or generator, clip
+        self._model, self._loss, self._mechanism, self._clip = model, loss, mechanism, clip
+        self._stream = source if isinstance(source, KeyStream) else None
+        by_opacus = None if isinstance(source, KeyStream) else source
+        self._draws = draws or by_opacus or noise_generator(None)
         self._wrapped = GradSampleModule(model)
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._buffers = [buffer.clone() for buffer in model.buffers()]
         self._chunk = max(1, _FLOATS_AT_ONCE // sum(p.numel() for p in self._parameters))
         self._optimizer = DPOptimizer(
-            torch.optim.SGD(self._parameters, lr=0.0),  # the caller steps; Opacus clips, sums, adds noise and scales
-            noise_multiplier=mechanism.noise_multiplier,
+            torch.optim.SGD(
+                self._parameters, lr=0.0
+            ),  # the caller steps; Opacus clips, sums, scales, and draws of a seed
+            noise_multiplier=mechanism.noise_multiplier if by_opacus else 0.0,
             max_grad_norm=clip,
             expected_batch_size=1,
-            generator=generator,
+            generator=by_opacus,
         )
 
     def batches(self, examples: int, steps: int) -> Iterator[list[int]]:
@@ -178,6 +200,11 @@ class PrivateGradient:
                 for buffer, before in zip(self._model.buffers(), self._buffers, strict=True):
                     buffer.copy_(before)
                 self._optimizer.pre_step()
+        if self._stream:
+            deviation = self._mechanism.noise_multiplier * self._clip / self._optimizer.expected_batch_size
+            for parameter in self._parameters:
+                assert parameter.grad is not None
+                Gaussian(parameter.grad.view(-1)).add(parameter.grad.view(-1), deviation, self._stream)
 
     def close(self) -> None:
         """Take Opacus' hooks off the model again."""

@@ -12,15 +12,21 @@ import torch
 from torch import Tensor
 
 from privacy import dp_sgd
+from privacy.key_stream import KeyStream
 
 _OFFSET = 1 << 62
 """Draws of CUDA's Philox count on from an offset of 8 bytes, a multiple of 4; from below this none comes around."""
 
 
-def generators(seed: int | None, device: torch.device) -> tuple[torch.Generator, torch.Generator]:
-    """(of noise, on `device`; of samples, which are drawn here); on the processor one for both, as Opacus has it."""
+def generators(seed: int | None, device: torch.device) -> tuple[dp_sgd.Source, torch.Generator]:
+    """(of noise, on `device`; of samples, which are drawn here); of a seed, on the processor, one for both.
+
+    So has Opacus it, and what is replayed from a seed is its bits.
+    """
     here = dp_sgd.noise_generator(seed)
-    return (here, here) if device.type == "cpu" else (_there(seed, device), here)
+    if device.type != "cpu":
+        return _there(seed, device), here
+    return (KeyStream() if seed is None else here), here
 
 
 def _there(seed: int | None, device: torch.device) -> torch.Generator:

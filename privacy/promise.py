@@ -6,7 +6,7 @@ _SCENARIO = (
     "constants of the scenario that were chosen by looking at data, and settings tuned in earlier runs",
     "floating-point and generator caveats: Gaussian noise in {} from a {} seeded by the system",
 )
-_TORCH, _NUMPY = ("float32", "Mersenne Twister"), ("float64", "PCG64 generator")
+_TORCH, _NUMPY = ("float32", "key stream of AES-128 (on a GPU from Philox)"), ("float64", "PCG64 generator")
 _CLIENTS = "1 / (10 x the number of clients)"
 
 

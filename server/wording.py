@@ -60,7 +60,8 @@ UNITS = {
         weighting="every example of a step weighs the same; updates are then combined as server.* says",
         denominator="sampling rate x the client's examples, whatever number was drawn",
         dropout="none: a client noises alone, and a reply that is lost is charged as if it had come",
-        generator="Mersenne Twister, its whole state from the operating system's entropy, anew each client and round",
+        generator="noise: AES-128 in counter mode (on a GPU Philox); samples: Mersenne Twister; key and state from the "
+        "operating system's entropy, anew each client and round",
         precision="float32",
         assumption="each example is drawn for each step by a coin of its own (Poisson), or all are in every step",
         empty="noise alone; it counts like any other step",

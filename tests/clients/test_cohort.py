@@ -15,6 +15,7 @@ from clients.task import Reply, Task
 from clients.training import Node, answer
 from clients.ways import Ways
 from privacy import dp_sgd
+from privacy.key_stream import KeyStream
 from privacy.plan import Mechanism
 from scenarios import Examples, Federation, Scenario, build_model
 from scenarios.settings import Settings, override
@@ -352,7 +353,10 @@ def test_an_example_whose_gradient_is_not_finite_counts_as_zero_in_a_clipped_sum
         assert torch.allclose(d.T @ a, d_1.T @ a_1, atol=1e-6)
 
 
-def noise(multiplier: float) -> Tensor:
+Source = Callable[[], dp_sgd.Source]
+
+
+def noise(multiplier: float, source: Source) -> Tensor:
     """20 draws of the noise of 3 steps, in units of what multiplier 1 makes of it: the gradient is zero throughout."""
     net = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 3))
     chain = stack.read(net)
@@ -363,13 +367,14 @@ def noise(multiplier: float) -> Tensor:
         return (outputs * 0).sum(1).mean()
 
     mechanism, pulls = Mechanism(0.5, multiplier), fused.Pulls(0.1)
-    clients = [private_stack.Private(x, y, 3, mechanism, dp_sgd.noise_generator(None)) for _ in range(20)]
+    clients = [private_stack.Private(x, y, 3, mechanism, source(), dp_sgd.noise_generator(None)) for _ in range(20)]
     drawn = private_stack.train(chain, start, clients, flat, pulls, 2.0)
     return torch.cat(drawn) / (0.1 * 2.0 / 5 * 3**0.5)
 
 
-def test_the_noise_of_a_block_has_the_deviation_that_is_charged() -> None:
-    drawn = noise(1.4).double()
+@pytest.mark.parametrize("source", [KeyStream, lambda: dp_sgd.noise_generator(None)], ids=["key stream", "torch"])
+def test_the_noise_of_a_block_has_the_deviation_that_is_charged(source: Source) -> None:
+    drawn = noise(1.4, source).double()
     assert len(drawn) > 14_000
     spread = float(drawn.square().mean().sqrt()) / 1.4
     assert abs(spread - 1) < 4 / (2 * len(drawn)) ** 0.5

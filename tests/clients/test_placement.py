@@ -245,7 +245,7 @@ def test_what_lies_on_two_devices_or_is_of_two_types_is_refused() -> None:
         return gram.train(made, start, gram.Batches(x[None], y[None], None, (3,), 8), LOSS, fused.Pulls(0.1))
 
     def by_rows(x: Tensor, y: Tensor) -> object:
-        client = private_stack.Private(x, y, 1, Mechanism(0.5, 1.0), torch.Generator())
+        client = private_stack.Private(x, y, 1, Mechanism(0.5, 1.0), torch.Generator(), torch.Generator())
         return private_stack.train(made, start, [client], LOSS, fused.Pulls(0.1), 1.0)
 
     def by_fused(x: Tensor, y: Tensor) -> object:

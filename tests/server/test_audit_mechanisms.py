@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from opacus import optimizers
 
 from clients import codecs
-from privacy import accounting, audit, cohort_noise, dp_sgd
+from privacy import accounting, audit, cohort_noise, dp_sgd, key_stream
+from privacy.key_stream import Gaussian
 from privacy.plan import Mechanism, Plan
 from scenarios import load
 from scenarios.seeds import derive
@@ -25,11 +27,11 @@ Patch = pytest.MonkeyPatch
 
 
 def audited(
-    states: Path, unit: str, noise: float, seed: int, change: str = "", rate: float = 1.0
+    states: Path, unit: str, noise: float, seed: int, change: str = "", rate: float = 1.0, seeded: bool = True
 ) -> tuple[audit.Verdict, float]:
     """(what 5000 canaries say, the epsilon that is claimed) of a mechanism by itself."""
-    scenario = load("digits")
-    settings = override(scenario.settings, f"privacy.unit={unit} {SHORT} privacy.noise_seed={seed} {change}")
+    scenario, known = load("digits"), f"privacy.noise_seed={seed}" if seeded else ""
+    settings = override(scenario.settings, f"privacy.unit={unit} {SHORT} {known} {change}")
     names = [f"client-{i:02}" for i in range(20)]
     mechanism = Mechanism(rate, noise)
     claimed = accounting.epsilon({mechanism: 10}, DELTA)
@@ -175,6 +177,29 @@ def test_a_bug_fails_the_claim(bug: str, unit: str, tmp_path: Path, monkeypatch:
 def test_a_bug_fails_whatever_the_seed_and_the_noise(bug: str, unit: str, tmp_path: Path, monkeypatch: Patch) -> None:
     BUGS[bug](monkeypatch, unit)
     assert not any(audited(tmp_path, unit, NOISES[seed], 100 + seed)[0].passed for seed in range(2))
+
+
+def as_they_come(patch: Patch) -> None:
+    """No bug."""
+
+
+def stream_halved(patch: Patch) -> None:
+    right = Gaussian.add
+    patch.setattr(Gaussian, "add", lambda self, to, deviation, stream: right(self, to, deviation / 2, stream))
+
+
+def stream_repeated(patch: Patch) -> None:
+    patch.setattr(key_stream, "os", SimpleNamespace(urandom=bytes))
+
+
+@pytest.mark.parametrize(("bug", "passes"), [(as_they_come, True), (stream_halved, False), (stream_repeated, False)])
+def test_noise_of_a_key_stream_is_audited_like_that_of_a_seed(
+    bug: Callable[[Patch], None], passes: bool, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    bug(monkeypatch)
+    said, claimed = audited(tmp_path, "example", 3.0, seed=5, seeded=False)
+    assert said.passed is passes
+    assert (said.estimate > 1.5 * claimed or said.lower_bound > claimed) is not passes
 
 
 def test_the_audit_goes_through_the_codec_of_the_settings(tmp_path: Path, monkeypatch: Patch) -> None:
