@@ -56,11 +56,13 @@ def need(node: Node, way: Way, block: int, examples: int, steps: int, payload: i
     if way.name == "single" and node.settings.privacy.by_example:
         batch = min(batch, max(1, _SAMPLES // weights))
         taken += 2 * 4 * batch * weights
+    left = 3 * _saved(node, batch)
     if way.name == "fused" and not payload and (shared := large(model, count)):
-        side = min(block, MOST)  # each with what a batch leaves, and all that the shared layers see
+        side = min(block, MOST)  # each with what a batch leaves but for shared weights, and all that their layers see
+        apart = _saved(node, batch) - sum(4 * layer.in_features * layer.out_features for layer in shared)
         seen = sum(layer.in_features + layer.out_features for layer in shared)
-        return taken + (1 + 2 * side) * _saved(node, batch) + 4 * side * count * seen
-    return taken + 3 * _saved(node, batch)
+        left = max(left, (1 + side) * apart + 4 * side * count * seen)  # one after another where one fails
+    return taken + left
 
 
 def _saved(node: Node, batch: int) -> int:
