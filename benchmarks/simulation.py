@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "contenders"))
 
 import table
 import torch
-from agreement import LARGEST, MEDIAN
+from agreement import LARGEST, MEDIAN, MEDIAN_BF16
 from catalogue import WORKLOADS
 from comparison import Comparison
 from lineup import LAYOUTS, LINEUP, shown
@@ -87,7 +87,7 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in found["machine"].items()), file=out)
     print(f"{chosen.warmup} + {chosen.rounds} rounds, {chosen.repeats} repeats; p x t: processes x threads", file=out)
     print(f"apart: max|dw| / max|w| after one noise-free round; for a ratio at most {LARGEST:g}, and", file=out)
-    print(f"       the median of |dw| / max|w| at most {MEDIAN:g}", file=out)
+    print(f"       the median of |dw| / max|w| at most {MEDIAN:g}; in bf16 {MEDIAN_BF16:g}", file=out)
     print("/ limit: times what the workload's arithmetic or traffic takes at this machine's best rates\n", file=out)
     for name, why in comparison.absent.items():
         print(f"{name} takes no part: {why}", file=out)
@@ -100,7 +100,7 @@ def main() -> None:
             found["about"][name] = {"summary": result.written.summary, "data": result.written.data}
             summary = f"{result.written.summary} ({result.written.data})"
             print("\n".join(table.lines(name, summary, result.rows, result.limit)), file=out)
-            print("\n".join(table.notes(name, found["ratios"][name], result.limit)), end="\n\n", file=out)
+            print("\n".join(table.notes(name, result.rows, found["ratios"][name], result.limit)), end="\n\n", file=out)
     if chosen.json:
         text = json.dumps(found, indent=2)
         print(text) if chosen.json == "-" else Path(chosen.json).write_text(text + "\n")

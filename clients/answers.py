@@ -9,6 +9,7 @@ from functools import cache, partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from clients import leaving, placement, training, upload
@@ -20,6 +21,8 @@ from scenarios.weights import Vector
 
 Weigh = Callable[[int], float]
 """Examples of a client -> what its update weighs in a sum."""
+_PART = 1 << 15
+"""Entries that are added at once: torch makes a copy of them in float64, which is to stay in a core's cache."""
 
 
 def singly(node: Node, group: Group) -> Iterator[Reply]:
@@ -38,19 +41,20 @@ def _one(node: Node, mine: Admitted, made: Callable[[], tuple[Tensor, int]], way
 class Sum:
     """The weighted sum of a block's updates; who has none to add is named in a reply of its own."""
 
-    def __init__(self, node: Node, weigh: Weigh) -> None:
-        self._node, self._weigh, self._weight = node, weigh, 0.0
+    def __init__(self, node: Node, weigh: Weigh, room: NDArray[np.float64] | None = None) -> None:
+        """room: (P,) where the sum is to lie; None: in memory of its own."""
+        self._node, self._weigh, self._weight, self._room = node, weigh, 0.0, room
         self._summand = cache(partial(_summand, node, weigh))
-        self._total: Tensor | None = None
+        self._total: NDArray[np.float64] | None = None
 
     def take(self, group: Group) -> list[Reply]:
         """The replies of `group`, whose updates are in the sum from here on."""
         clipped = any(mine.task.update_clip for mine in group.members)
         if group.total is not None and not clipped:
             weights = [self._weigh(mine.count) for mine in group.members]
-            total = torch.from_numpy(placement.fetched(group.total(weights)))
-            if total.isfinite().all():
-                self._add(total, 1.0, sum(weights))
+            made = group.total(weights)
+            if made is not None and np.isfinite(total := placement.fetched(made)).all():
+                self._add(torch.from_numpy(total), 1.0, sum(weights))
                 return [self._reply(mine, group.way, mine.task.steps, True) for mine in group.members]
         updates = group.updates
         if group.away:
@@ -94,8 +98,12 @@ class Sum:
 
     def _add(self, update: Tensor, times: float, weight: float) -> None:
         if self._total is None:
-            self._total = torch.zeros(update.shape, dtype=torch.float64)
-        self._total.add_(update, alpha=times)
+            self._total = np.empty(len(update)) if self._room is None else self._room
+            self._total.fill(0)
+        for part, more in zip(
+            torch.split(torch.from_numpy(self._total), _PART), torch.split(update, _PART), strict=True
+        ):
+            part.add_(more, alpha=times)
         self._weight += weight
 
     def _reply(self, mine: Admitted, way: Way, steps: int, within: bool) -> Reply:
@@ -108,9 +116,7 @@ class Sum:
         for i in reversed(range(len(replies))):
             if (summand := replies[i].summand) is not None:
                 assert self._total is not None
-                replies[i] = replace(
-                    replies[i], summand=replace(summand, total=self._total.numpy(), whole=self._weight)
-                )
+                replies[i] = replace(replies[i], summand=replace(summand, total=self._total, whole=self._weight))
                 break
         return replies
 

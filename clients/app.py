@@ -125,7 +125,7 @@ def _blocks(content: RecordDict, context: Context) -> RecordDict:
             return blocks.encode_replies([], [f"{os.getpid()} on {socket.gethostname()}"])
         workers, deaths = _crew(**_told(context))
         deaths.clear()
-        return blocks.encode_replies(list(workers.map(tasks)), deaths)
+        return blocks.encode_replies(workers.map(tasks), deaths)
     except Exception as error:
         return blocks.encode_refusal(_reason(error))
 

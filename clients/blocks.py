@@ -7,7 +7,7 @@ a mean of floats, the block's sum. Each block is read by itself, so that garbage
 Legend: P is the number of weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
@@ -78,9 +78,12 @@ def decode_tasks(record: RecordDict) -> list[list[Task]]:
     return blocks
 
 
-def encode_replies(blocks: Sequence[Sequence[Reply]], deaths: Sequence[str]) -> RecordDict:
-    """The message of a worker's replies; deaths: what it has to say of processes of its own that died at them."""
-    made = RecordDict({FIELDS: records.config({"reason": "", "deaths": [*map(records.shown, deaths)]}, _SAID)})
+def encode_replies(blocks: Iterable[Sequence[Reply]], deaths: Sequence[str]) -> RecordDict:
+    """The message of a worker's replies, each block read before the next is asked for.
+
+    deaths: what it has to say, once all are there, of processes of its own that died at them.
+    """
+    made = RecordDict()
     for i, replies in enumerate(blocks):
         rows = [
             {name: getattr(reply, name) for name in messages.REPLY if hasattr(reply, name)}
@@ -95,6 +98,7 @@ def encode_replies(blocks: Sequence[Sequence[Reply]], deaths: Sequence[str]) -> 
                 total = np.ascontiguousarray(reply.summand.total, "<f8").tobytes()
                 arrays.update(records.arrays(SUM, **{_TOTAL: total}))
         made[_of(ARRAYS, i)] = arrays
+    made[FIELDS] = records.config({"reason": "", "deaths": [*map(records.shown, deaths)]}, _SAID)
     return made
 
 

@@ -20,6 +20,7 @@ from clients import answers, groups, placement, reading, training, upload
 from clients.answers import Weigh
 from clients.task import Reply, Task
 from clients.training import Admitted, Node
+from clients.workers import Room
 from privacy.refused import Refused
 from scenarios.settings import Local, Settings
 
@@ -41,14 +42,17 @@ def cut(tasks: Sequence[Task], size: int) -> list[Sequence[Task]]:
     return [tasks[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
 
-def answer(node: Node, tasks: Sequence[Task], weigh: Weigh | None = None) -> list[Reply]:
-    """One reply a task, in order. weigh: sum the updates, so weighted; None: each reply carries its own payload."""
+def answer(node: Node, tasks: Sequence[Task], weigh: Weigh | None = None, room: Room | None = None) -> list[Reply]:
+    """One reply a task, in order. weigh: sum the updates, so weighted; None: each reply carries its own payload.
+
+    room: where the sum is to lie.
+    """
     with training.one_thread(), placement.exactly(placement.of(node.settings)):
         read = reading.together(node.federation, [task.client for task in tasks])
         begun = [training.guarded(task, partial(_admitted, node, task, read)) for task in tasks]
         replies = {one.client: one for one in begun if isinstance(one, Reply)}
         ready = [one for one in begun if isinstance(one, Admitted)]
-        summed = None if weigh is None else answers.Sum(node, weigh)
+        summed = None if weigh is None else answers.Sum(node, weigh, room)
         for group in groups.groups(node, ready):
             made = summed.take(group) if summed else answers.singly(node, group)
             replies |= {one.client: one for one in made}
@@ -56,11 +60,14 @@ def answer(node: Node, tasks: Sequence[Task], weigh: Weigh | None = None) -> lis
     return inorder if summed is None else summed.carried(inorder)
 
 
-def work(node: Node, tasks: Sequence[Task]) -> list[Reply]:
-    """What a worker makes of a block: at once where it is to train, else one by one; summed where the server sums."""
+def work(node: Node, tasks: Sequence[Task], room: Room | None = None) -> list[Reply]:
+    """What a worker makes of a block: at once where it is to train, else one by one; summed where the server sums.
+
+    room: where the sum is to lie.
+    """
     if node.settings.local.engine == "single" or tasks[0].kind != "train":
         return [training.answer(node, task) for task in tasks]
-    return answer(node, tasks, weigh(node.settings))
+    return answer(node, tasks, weigh(node.settings), room)
 
 
 def weigh(settings: Settings) -> Weigh | None:

@@ -70,9 +70,9 @@ class Trainer:
         self._velocities = [torch.zeros_like(entry) for entry in self._entries] if pulls.momentum else []
         self._corrections: dict[int, Tensor] = {}
         fused = {id(linear): _Fused(linear, self._move, pulls.rate) for linear in stack.linear(model)}
-        self._model = _with(model, fused)
+        self.model = _with(model, fused)
         self._update: Tensor | None = None
-        for parameter in self._model.parameters():
+        for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._step)  # type: ignore[no-untyped-call]
         self._places = {id(entry): i for i, entry in enumerate(self._entries)}
@@ -90,6 +90,16 @@ class Trainer:
 
         correction: (P,) added to every gradient. The next call overwrites the update.
         """
+        x, steps = self.begin(start, x, y, correction), 0
+        for batch in batches:
+            with self._precision():
+                outputs = self.model(x[batch])
+            torch.autograd.backward(loss(outputs.to(start.dtype), y[batch]))
+            steps += 1
+        return self.update(), steps
+
+    def begin(self, start: Tensor, x: Tensor, y: Tensor, correction: Tensor | None = None) -> Tensor:
+        """The model at the weights `start` (P,), for examples x and y; returns x as the model is fastest with it."""
         placement.agree(start, x, y, self._entries[0].device)
         self._starts = self._views(start)
         self._corrections = {} if correction is None else dict(enumerate(self._views(correction)))
@@ -102,19 +112,17 @@ class Trainer:
                 counter.copy_(first)
             for velocity in self._velocities:
                 velocity.zero_()
-        self._model.train()
-        steps = 0
-        for batch in batches:
-            with self._precision():
-                outputs = self._model(x[batch])
-            torch.autograd.backward(loss(outputs.to(start.dtype), y[batch]))
-            steps += 1
+        self.model.train()
+        return x
+
+    def update(self) -> Tensor:
+        """The update (P,) from where the model began to where it is now; the next call overwrites it."""
         if self._update is None:
-            self._update = torch.empty_like(start)
+            self._update = torch.cat([torch.empty_like(start).flatten() for start in self._starts])
         with torch.no_grad():
             for entry, first, part in zip(self._entries, self._starts, self._views(self._update), strict=True):
                 torch.sub(entry, first, out=part)
-        return self._update, steps
+        return self._update
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         """The parts of `flat` (P,), each of its entry's shape."""

@@ -15,13 +15,12 @@ Legend: K clients of the block, T steps of the longest, B examples of the larges
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from clients import placement, stack
+from clients.course import course
 from clients.fused import Pulls
 from clients.stack import Stack
 
@@ -53,32 +52,6 @@ def most(chain: Stack) -> int:
     """
     small = sum(layer.inputs + layer.outputs for layer in chain.layers)
     return _WORTH * sum(layer.inputs * layer.outputs for layer in chain.layers) // small
-
-
-@lru_cache(maxsize=8)
-def course(pulls: Pulls, steps: int) -> "Course":
-    """The course of so many steps, which all blocks of a round have in common."""
-    return Course(pulls, steps)
-
-
-class Course:
-    """Where SGD has got to before each step: W_t = kept[t] W_0 - sum over s < t of weights[t, s] D_s^T A_s."""
-
-    def __init__(self, pulls: Pulls, steps: int) -> None:
-        """The u of `Pulls` is velocity[0] W_0 - sum over s of velocity[1 + s] D_s^T A_s, so both take one recursion."""
-        table, velocity = np.zeros((steps + 1, steps + 1)), np.zeros(steps + 1)
-        table[0, 0] = 1.0
-        for t in range(steps):
-            velocity = pulls.momentum * velocity - (1 - pulls.keep) * table[t]
-            velocity[0] += pulls.back
-            velocity[1 + t] += pulls.rate
-            table[t + 1] = table[t] + velocity
-        self.kept = table[:, 0]
-        """a_t, (T + 1,)."""
-        self.weights = table[:, 1:]
-        """c_ts, (T + 1, T); zero where s >= t."""
-        self.even = pulls.keep == 1 and not pulls.momentum
-        """Whether every c_ts is the rate where it is not zero."""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from functools import partial
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
-from clients import fused, gram, placement, private_stack, sgd, stack, training
+from clients import fused, gram, placement, private_stack, sgd, stack, together, training
 from clients.reading import Held
 from clients.task import Task, Way
 from clients.training import Admitted, Node
@@ -33,8 +33,11 @@ class Group:
     members: Sequence[Admitted]
     updates: Sequence[Callable[[], tuple[Tensor, int]]]
     """What gives (the update (P,), the steps taken) of each; called in order, the next may overwrite it."""
-    total: Callable[[Sequence[float]], Tensor] | None = None
-    """(P,) the sum of weights times updates, where that is cheaper than they are; every step was taken."""
+    total: Callable[[Sequence[float]], Tensor | None] | None = None
+    """(P,) the sum of weights times updates, where that is cheaper than they are; every step was taken.
+
+    None: a client failed, who is told when asked for its update.
+    """
     away: bool = False
     """Whether the updates lie on a device: then they, or their sum, leave it together."""
 
@@ -74,10 +77,14 @@ def groups(node: Node, ready: Sequence[Admitted]) -> Iterator[Group]:
         updates = [partial(_of, made, k, mine.task.steps) for k, mine in enumerate(part)]
         yield Group(Way("gram"), part, updates, made.total, away)
     if long:
-        model = placement.moved(training.fitted(node, first), there)
-        trainer = fused.Trainer(model, _pulls(node, ready[0].task), node.settings.local.precision == "bf16")
+        local, pulls, model = node.settings.local, _pulls(node, first), training.fitted(node, first)
+        model = placement.moved(model, there)
+        trainer = fused.Trainer(model, pulls, local.precision == "bf16")
+        plain = not (away or local.scaffold or local.precision == "bf16")
         for way, part in long.items():
-            yield Group(way, part, [partial(_by_fused, node, trainer, start, mine) for mine in part], away=away)
+            shared = together.large(model, max(_rows(node, mine) for mine in part)) if plain else []
+            total = partial(_side_by_side, node, model, shared, start, part, pulls) if shared else None
+            yield Group(way, part, [partial(_by_fused, node, trainer, start, mine) for mine in part], total, away)
 
 
 def _by_itself(node: Node, mine: Admitted) -> tuple[Tensor, int]:
@@ -131,6 +138,29 @@ def _by_fused(node: Node, trainer: fused.Trainer, start: Tensor, mine: Admitted)
     x, y = placement.sent(there, *mine.examples)
     with training.drawing(node.settings, mine.task):
         return trainer.train(start, x, y, batches, node.scenario.loss, correction)
+
+
+def _side_by_side(
+    node: Node,
+    model: nn.Module,
+    shared: Sequence[nn.Linear],
+    start: Tensor,
+    members: Sequence[Admitted],
+    pulls: fused.Pulls,
+    weights: Sequence[float],
+) -> Tensor | None:
+    """The weighted sum (P,) of the members' updates; None: one of them failed."""
+    made, total = together.Together(model, shared, pulls), torch.zeros_like(start)
+    clients = [
+        together.Client(mine.examples, list(sgd.shuffled(mine.count, mine.task, node.settings)), weight)
+        for mine, weight in zip(members, weights, strict=True)
+    ]
+    try:
+        for at in range(0, len(clients), together.MOST):
+            made.add(total, start, clients[at : at + together.MOST], node.scenario.loss)
+    except Exception:
+        return None
+    return total
 
 
 def _of(made: gram.Trained, k: int, steps: int) -> tuple[Tensor, int]:

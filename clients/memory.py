@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from clients import private_stack
 from clients.stack import read
 from clients.task import Way
+from clients.together import MOST, large
 from clients.training import Node
 from clients.ways import rows
 
@@ -55,7 +56,13 @@ def need(node: Node, way: Way, block: int, examples: int, steps: int, payload: i
     if way.name == "single" and node.settings.privacy.by_example:
         batch = min(batch, max(1, _SAMPLES // weights))
         taken += 2 * 4 * batch * weights
-    return taken + 3 * _saved(node, batch)
+    left = 3 * _saved(node, batch)
+    if way.name == "fused" and not payload and (shared := large(model, count)):
+        side = min(block, MOST)  # each with what a batch leaves but for shared weights, and all that their layers see
+        apart = _saved(node, batch) - sum(4 * layer.in_features * layer.out_features for layer in shared)
+        seen = sum(layer.in_features + layer.out_features for layer in shared)
+        left = max(left, (1 + side) * apart + 4 * side * count * seen)  # one after another where one fails
+    return taken + left
 
 
 def _saved(node: Node, batch: int) -> int:

@@ -17,7 +17,7 @@ from scenarios.weights import layout
 
 Function = Callable[[Tensor], Tensor]
 
-_BETWEEN = (
+BETWEEN = (
     nn.Flatten,
     nn.Identity,
     nn.ReLU,
@@ -91,10 +91,10 @@ def slopes(loss: Callable[[Tensor, Tensor], Tensor], made: Tensor, y: Tensor) ->
 
 def obstacle(model: nn.Module) -> str:
     """What keeps `model` from being a stack, in words; empty where it is one."""
-    modules, names = list(_chain(model)), {id(module): name for name, module in model.named_modules()}
+    modules, names = list(chain(model)), {id(module): name for name, module in model.named_modules()}
     for module in modules:
         which = f"layer {names[id(module)]!r} ({type(module).__name__})"
-        if type(module) not in (nn.Linear, *_BETWEEN):
+        if type(module) not in (nn.Linear, *BETWEEN):
             what = "is no linear layer and no function without weights"
             return f"{which} {what}" if names[id(module)] else f"a {type(module).__name__} is no chain of layers"
         if hooked(module):
@@ -114,7 +114,7 @@ def read(model: nn.Module) -> Stack | None:
     """`model` as a stack; None where it is none."""
     if obstacle(model):
         return None
-    modules = list(_chain(model))
+    modules = list(chain(model))
     places, size = {}, 0
     for name, shape in layout(model):
         places[name] = size
@@ -133,22 +133,32 @@ def read(model: nn.Module) -> Stack | None:
     return Stack(tuple(layers), (*functions, between), size)
 
 
+def place(model: nn.Module, layer: nn.Linear) -> Layer:
+    """Where `layer`, of `model`, lies in a vector of its weights."""
+    places, size = {}, 0
+    for entry in model.state_dict(keep_vars=True).values():
+        if entry.is_floating_point():
+            places[id(entry)], size = size, size + entry.numel()
+    bias = None if layer.bias is None else places[id(layer.bias)]
+    return Layer(layer.out_features, layer.in_features, places[id(layer.weight)], bias)
+
+
 def linear(model: nn.Module) -> list[nn.Linear]:
     """The linear layers of a chain that are used just once in it, and whose weights nothing else uses."""
-    modules = list(_chain(model))
+    modules = list(chain(model))
     used = [id(parameter) for module in modules for parameter in module.parameters()]
     found = [module for module in modules if type(module) is nn.Linear and not hooked(module)]
     once = [module for module in found if all(used.count(id(parameter)) == 1 for parameter in module.parameters())]
     return once if all(parameter.requires_grad for one in once for parameter in one.parameters()) else []
 
 
-def _chain(module: nn.Module) -> Iterator[nn.Module]:
+def chain(module: nn.Module) -> Iterator[nn.Module]:
     """The modules that act one after another; one that is no plain sequence stands for itself."""
     if type(module) is not nn.Sequential:
         yield module
         return
     for part in module:
-        yield from _chain(part)
+        yield from chain(part)
 
 
 def hooked(module: nn.Module) -> bool:

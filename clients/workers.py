@@ -28,7 +28,10 @@ from numpy.typing import NDArray
 from clients.task import Reply, Task
 from scenarios.weights import Vector
 
-Work = Callable[[Sequence[Task]], list[Reply]]
+Room = NDArray[np.float64]
+"""(P,) where a block's sum may lie; what stood there before is of no use."""
+Work = Callable[[Sequence[Task], Room | None], list[Reply]]
+"""(the tasks of a block, room for its sum; None: anywhere) -> a reply to each."""
 Blocks = Sequence[Sequence[Task]]
 
 _ATTEMPTS = 3
@@ -59,7 +62,10 @@ class Workers:
         _end(self._workers)
 
     def map(self, blocks: Blocks) -> Iterator[list[Reply]]:
-        """The replies to the tasks of each block, in order. All tasks have the same weights."""
+        """The replies to the tasks of each block, in order. All tasks have the same weights.
+
+        A block's sum lies where its worker put it, and stands there until the next block is asked for.
+        """
         self._meet(blocks)
         waiting, tries = list(range(len(blocks))), [0] * len(blocks)
         done: dict[int, list[Reply]] = {}
@@ -67,6 +73,8 @@ class Workers:
             while i not in done:
                 for worker in self._workers:
                     if waiting and not worker.blocks:
+                        if worker.last in done:  # its sum would be written over
+                            done[worker.last] = [_kept(reply) for reply in done[worker.last]]
                         count = 1 if tries[waiting[0]] else self._together(blocks, len(waiting))
                         some, waiting = waiting[:count], waiting[count:]
                         worker.start(some, [blocks[at] for at in some])
@@ -112,6 +120,8 @@ class _Worker:
 
     def __init__(self, work: Work, weights: Vector, number: int) -> None:
         self.number, self.blocks = number, list[int]()
+        self.last: int | None = None
+        """The block whose sum lies in the memory that both see."""
         self._total = np.frombuffer(mmap.mmap(-1, max(1, 8 * weights.size)), np.float64, weights.size)
         self.connection, theirs = multiprocessing.Pipe()
         arguments = (work, weights, self._total, theirs, self.connection)
@@ -132,6 +142,7 @@ class _Worker:
     def finish(self) -> tuple[list[int], list[list[Reply]] | None]:
         """(the blocks, their replies; None: the process has died)."""
         numbers, self.blocks = self.blocks, []
+        self.last = numbers[0] if len(numbers) == 1 else None
         try:
             answers: list[list[Reply]] = self.connection.recv()
         except (OSError, EOFError):
@@ -146,9 +157,7 @@ class _Worker:
         self._process.join()
 
 
-def _serve(
-    work: Work, weights: Vector, total: NDArray[np.float64], connection: Connection, parents: Connection
-) -> None:
+def _serve(work: Work, weights: Vector, total: Room, connection: Connection, parents: Connection) -> None:
     """The child: what it is given, until the parent is gone."""
     parents.close()  # or the parent's end would live on in here, and its death would not be heard
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all processes of a terminal; the parent decides
@@ -158,9 +167,11 @@ def _serve(
         while True:
             packed = connection.recv_bytes()
             np.copyto(held, weights)
-            answers = [work(tasks) for tasks in _Unpacking(io.BytesIO(packed), held).load()]
-            if len(answers) == 1:
-                answers = [[_without_total(reply, total) for reply in answers[0]]]
+            blocks = _Unpacking(io.BytesIO(packed), held).load()
+            room = total if len(blocks) == 1 else None  # sums of several go by pipe
+            answers = [work(tasks, room) for tasks in blocks]
+            if room is not None:
+                answers = [[_without_total(reply, room) for reply in answers[0]]]
             connection.send(answers)
 
 
@@ -195,17 +206,24 @@ def _packed(blocks: Blocks) -> memoryview:
     return file.getbuffer()
 
 
-def _without_total(reply: Reply, shared: NDArray[np.float64]) -> Reply:
+def _without_total(reply: Reply, shared: Room) -> Reply:
     if reply.summand is None or reply.summand.total is None:
         return reply
-    shared[:] = reply.summand.total
+    if reply.summand.total is not shared:
+        shared[:] = reply.summand.total
     return replace(reply, summand=replace(reply.summand, total=shared[:0]))
 
 
-def _with_total(reply: Reply, shared: NDArray[np.float64]) -> Reply:
+def _with_total(reply: Reply, shared: Room) -> Reply:
     if reply.summand is None or reply.summand.total is None:
         return reply
-    return replace(reply, summand=replace(reply.summand, total=shared.copy()))
+    return replace(reply, summand=replace(reply.summand, total=shared))
+
+
+def _kept(reply: Reply) -> Reply:
+    if reply.summand is None or reply.summand.total is None:
+        return reply
+    return _with_total(reply, reply.summand.total.copy())
 
 
 def _answered(workers: Sequence[_Worker]) -> list[_Worker]:

@@ -16,6 +16,7 @@ from catalogue import WORKLOADS, Written, scaled, write
 from lineup import LINEUP, TRUTH, Contender, Layout, shown
 from running import Asked, Outcome, run
 
+from clients import cohort, placement
 from privacy.refused import Refused
 from scenarios.settings import Settings, override
 
@@ -54,7 +55,10 @@ class Comparison:
         if self._chosen.device not in contender.devices:
             return f"does not run on {self._chosen.device}"
         try:
-            override(Settings(), contender.settings.format(processes=1, threads=1, device=self._chosen.device))
+            told = contender.settings.format(processes=1, threads=1, device=self._chosen.device)
+            settings = override(Settings(), told)
+            cohort.check(settings.local)
+            placement.check(settings)
         except Refused as reason:
             return str(reason)
         return ""
@@ -144,8 +148,8 @@ def _rows(
     for one, (layout, noiseless) in ready.items():
         far = distances.get(one.name)
         rows[one.name] = table.row(
-            outcomes.get((one, layout), [noiseless]), layout, far, far is not None and agrees(far)
-        )
+            outcomes.get((one, layout), [noiseless]), layout, far, far is not None and agrees(far, one.precision)
+        ) | {"precision": one.precision}
     noise = {layout: found for (one, layout), found in outcomes.items() if not one.compared}
     rows |= {one.name: table.fastest(noise) for one, _ in outcomes if not one.compared}
     return table.without_noise(rows, noise)

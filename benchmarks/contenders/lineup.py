@@ -26,6 +26,8 @@ class Contender:
     """Umbel's, over those of the workload; {processes} and {threads} stand for the layout's, {device} for its own."""
     peer: bool = False
     devices: tuple[str, ...] = ("cpu",)
+    precision: str = "float32"
+    """In which it takes products; weights and their steps are in float32 whatever it is."""
     compared: bool = True
     """Whether it trains anything whose weights could be compared; else it runs in the layouts of those that do."""
 
@@ -43,6 +45,15 @@ LINEUP = (
         ((1, 1), (2, 1)),
         "local.engine=cohort run.processes={processes} local.device={device}",
         devices=("cpu", "cuda"),
+    ),
+    Contender(
+        "umbel-cohort-bf16",
+        "umbel_run.py",
+        "B",
+        ((1, 1), (2, 1)),
+        "local.engine=cohort run.processes={processes} local.device={device} local.precision=bf16",
+        devices=("cpu", "cuda"),
+        precision="bf16",
     ),
     Contender("torch-loop", "torch_loop.py", "ABDEN", devices=("cpu", "cuda")),
     Contender("opacus-hooks", "opacus_loop.py", "C", devices=("cpu", "cuda")),

@@ -8,10 +8,10 @@ from agreement import Apart
 from lineup import Layout, shown
 from running import Outcome
 
-OURS = "umbel", "umbel-cohort"
+OURS = "umbel", "umbel-cohort", "umbel-cohort-bf16"
 Row = dict[str, Any]
 _HEADS = {
-    "": "14",
+    "": "18",
     "p x t": ">6",
     "s a round (min-max)": ">26",
     "CPU s": ">9",
@@ -79,8 +79,10 @@ def beside_noise(workloads: Mapping[str, Mapping[str, Row]], name: str) -> dict[
     return {f"{our} / (its A + noise-only)": rows[our]["median"] / (plain[our]["median"] + noise) for our in ours}
 
 
-def notes(name: str, compared: Mapping[str, float], limit: Mapping[str, Any] | None) -> Iterator[str]:
-    """What stands below the table: the limit and what it is made of, and ratios that have no column."""
+def notes(
+    name: str, rows: Mapping[str, Row], compared: Mapping[str, float], limit: Mapping[str, Any] | None
+) -> Iterator[str]:
+    """What stands below the table: the limit and what it is made of, other precisions, and ratios without a column."""
     if limit:
         yield (
             f"{name}'s limit is {limit['seconds']:.4g} s: {limit['gflop']:.3g} GFLOP take "
@@ -89,6 +91,9 @@ def notes(name: str, compared: Mapping[str, float], limit: Mapping[str, Any] | N
         )
         for product, ways in limit["gflop_a_second"].items():
             yield f"  {product}: " + ", ".join(f"{way} {rate:.3g}" for way, rate in ways.items()) + " GFLOP/s"
+    for contender, one in rows.items():
+        if one.get("precision", "float32") != "float32":
+            yield f"{contender} takes products in {one['precision']}: its ratios are not of the same precision"
     for pair, ratio in compared.items():
         if "noise" in pair:
             yield f"{pair}: {ratio:.2f}x"
@@ -98,10 +103,10 @@ def lines(name: str, summary: str, rows: Mapping[str, Row], limit: Mapping[str, 
     """The table as text."""
     ours = [our for our in OURS if our in rows]
     yield f"{name}: {summary}"
-    yield "".join(f"{head:{form}}" for head, form in _HEADS.items()) + "".join(f"{'/ ' + our:>16}" for our in ours)
+    yield "".join(f"{head:{form}}" for head, form in _HEADS.items()) + "".join(f"{'/ ' + our:>20}" for our in ours)
     compared = ratios(rows)
     for contender, one in rows.items():
-        start = f"{contender:14}{one['layout']:>6}"
+        start = f"{contender:18}{one['layout']:>6}"
         if "median" not in one:
             yield f"{start}  {one['reason']}"
             continue
@@ -114,5 +119,5 @@ def lines(name: str, summary: str, rows: Mapping[str, Row], limit: Mapping[str, 
         cells += f"{one['median'] / limit['seconds']:9.1f}" if limit and one["agrees"] else f"{'-':>9}"
         for our in ours:
             ratio = compared.get(f"{contender} / {our}")
-            cells += f"{'-' if ratio is None else f'{ratio:.2f}x':>16}"
+            cells += f"{'-' if ratio is None else f'{ratio:.2f}x':>20}"
         yield start + cells + ("" if one["agrees"] or one["apart"] is None else "  other weights: no ratio")

@@ -1,5 +1,6 @@
 """benchmarks/simulation.py: what it prints for machines, and whom it sets in a ratio."""
 
+import argparse
 import importlib
 import json
 import os
@@ -63,6 +64,26 @@ def test_a_contender_with_other_weights_gets_no_ratio(contenders):
         for name, distance in agreement.apart(found, "torch-loop").items()
     }
     assert table.ratios(rows).keys() == {"torch-loop / umbel"}
+
+
+def test_a_contender_in_bf16_may_be_apart_by_its_rounding_and_its_ratios_say_so(contenders):
+    agreement, table, lineup = map(contenders, ("agreement", "table", "lineup"))
+    rounding, other = (agreement.Apart(median, 5e-3) for median in (5e-5, 5e-4))
+    assert [agreement.agrees(rounding, precision) for precision in ("bf16", "float32")] == [True, False]
+    assert not agreement.agrees(other, "bf16")
+    (one,) = (contender for contender in lineup.LINEUP if contender.precision == "bf16")
+    rows = {one.name: {"precision": one.precision}, "torch-loop": {"precision": "float32"}}
+    assert list(table.notes("B", rows, {}, None)) == [
+        "umbel-cohort-bf16 takes products in bf16: its ratios are not of the same precision"
+    ]
+
+
+def test_bf16_takes_no_part_where_the_processor_lacks_it(contenders, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    chosen = argparse.Namespace(peers=[], device="cpu")
+    absent = contenders("comparison").Comparison(chosen).absent
+    assert absent.keys() == {"flower", "pfl", "umbel-cohort-bf16"}
+    assert "needs a processor with bf16" in absent["umbel-cohort-bf16"]
 
 
 def test_a_run_that_takes_too_long_is_given_up_and_says_how_far_it_came():

@@ -481,8 +481,8 @@ def test_a_relu_in_front_of_a_pooling_of_maxima_acts_behind_it_with_the_same_bit
     start, (x, y) = torch.from_numpy(flatten(net)), examples("a")
     batches = [torch.arange(0, 12), torch.arange(12, 24)]
     swapped, plain = (fused.Trainer(one, fused.Pulls(0.1)) for one in (net, heard))
-    assert [type(part) for part in swapped._model.children()][1:3] == [nn.MaxPool2d, nn.ReLU]
-    assert [type(part) for part in plain._model.children()][1:3] == [nn.ReLU, nn.MaxPool2d]
+    assert [type(part) for part in swapped.model.children()][1:3] == [nn.MaxPool2d, nn.ReLU]
+    assert [type(part) for part in plain.model.children()][1:3] == [nn.ReLU, nn.MaxPool2d]
     assert torch.equal(swapped.train(start, x, y, batches, LOSS)[0], plain.train(start, x, y, batches, LOSS)[0])
 
 

@@ -12,14 +12,14 @@ import torch
 
 from clients import training
 from clients.task import Reply, Task
-from clients.workers import Workers
+from clients.workers import Room, Workers
 from scenarios import Examples
 
 HOUSE = Path(__file__).resolve().parents[2]
 TASK = Task("train", 1, "a", np.zeros(10, np.float32), ())
 
 
-def unshared(tasks: Sequence[Task]) -> list[Reply]:
+def unshared(tasks: Sequence[Task], _: Room | None) -> list[Reply]:
     """Replies whose examples are the kB that this process has to itself after a collection."""
     gc.collect()
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()

@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 
-from clients import memory
+from clients import memory, together
 from clients.task import Way
 from clients.training import Node
 from scenarios import load
@@ -93,6 +94,20 @@ def test_momentum_needs_a_velocity() -> None:
     settings = override(node.settings, "local.momentum=0.9")
     more = memory.need(replace(node, settings=settings), FUSED, 5, 60, 6, 0) - memory.need(node, FUSED, 5, 60, 6, 0)
     assert more == 4 * (64 * 64 + 64 + 64 * 10 + 10)
+
+
+def test_clients_side_by_side_need_what_each_of_them_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = made_node()
+    made = {
+        name: lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        for name in node.scenario.models
+    }
+    node = replace(node, scenario=replace(node.scenario, models=made))
+    few, many = ((node, FUSED, 5, 30, steps, 0) for steps in (3, 30))
+    alone = memory.need(*few), memory.need(*many)
+    monkeypatch.setattr(together, "_OUTGROWN", 64 * 64)
+    assert memory.need(*few) > alone[0]
+    assert memory.need(*many) == alone[1]  # too many rows to be side by side
 
 
 def test_one_large_client_is_not_counted_for_all_of_its_block() -> None:

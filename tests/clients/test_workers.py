@@ -15,7 +15,7 @@ import numpy as np
 from clients.task import Reply, Task
 from clients.workers import Workers
 
-def work(tasks):
+def work(tasks, _):
     return [Reply(1, task.client, str(os.getpid()).encode()) for task in tasks]
 
 workers = Workers(work, 2, print)

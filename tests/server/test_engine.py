@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,9 +16,9 @@ from torch import nn
 
 from clients import cohort
 from clients import workers as workers_of
-from clients.task import Reply, Task
+from clients.task import Reply, Summand, Task
 from clients.training import Node
-from clients.workers import Workers
+from clients.workers import Room, Workers
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario
 from scenarios.settings import Settings, override
@@ -192,7 +193,7 @@ def tasks(count: int, value: float, length: int = 3) -> list[Task]:
     return [Task("train", 1, f"{i:02}", weights, ()) for i in range(count)]
 
 
-def told(given: Sequence[Task]) -> list[Reply]:
+def told(given: Sequence[Task], _: Room | None) -> list[Reply]:
     return [Reply(task.round, task.client, task.weights.tobytes() + os.urandom(8)) for task in given]
 
 
@@ -206,6 +207,28 @@ def test_workers_see_each_rounds_weights_and_draw_apart() -> None:
         drawn |= {reply.payload[12:] for reply in replies}
     assert len(drawn) == 12
     workers.close()
+
+
+def summing(given: Sequence[Task], room: Room | None) -> list[Reply]:
+    """The sum of each block is the number of its first client; the first block is the last to be done."""
+    assert room is not None, "a block is sent by itself"
+    room[:] = float(given[0].client)
+    time.sleep(0.3 * (given[0].client == "00"))
+    *others, last = (Reply(task.round, task.client, summand=Summand(0, 1.0)) for task in given)
+    assert last.summand is not None
+    return [*others, replace(last, summand=replace(last.summand, total=room, whole=float(len(given))))]
+
+
+def test_the_sums_of_blocks_that_are_done_early_stand_until_they_are_read() -> None:
+    workers = Workers(summing, 2, print)
+    totals = [
+        reply.summand.total.copy()
+        for block in workers.map(cohort.cut(tasks(8, 1.0), 2))
+        for reply in block
+        if reply.summand is not None and reply.summand.total is not None
+    ]
+    workers.close()
+    assert [total.tolist() for total in totals] == [[number] * 3 for number in (0.0, 2.0, 4.0, 6.0)]
 
 
 def test_a_round_that_is_left_halfway_leaves_nothing_to_the_next() -> None:
@@ -243,13 +266,13 @@ def test_a_block_that_kills_every_worker_takes_none_of_its_message_along() -> No
     assert died == ["in its blocks, which are trained again", *["in its block, which is trained again"] * 2]
 
 
-def deadly(given: Sequence[Task]) -> list[Reply]:
+def deadly(given: Sequence[Task], room: Room | None) -> list[Reply]:
     if given[0].client == "01":
         os.kill(os.getpid(), signal.SIGKILL)
-    return told(given)
+    return told(given, room)
 
 
-def noised(node: Node, given: Sequence[Task]) -> list[Reply]:
+def noised(node: Node, given: Sequence[Task], _: Room | None) -> list[Reply]:
     return cohort.answer(node, given)
 
 
