@@ -2,7 +2,8 @@
 
 A block comes out the same in whichever process it is trained. The weights, and the sums that come back, lie in memory
 that both sides share; the rest travels by pipe. A worker that dies is named, and another trains its block again, with
-the same batches; noise is drawn anew.
+the same batches; noise is drawn anew. A block that ends three of them is trained client by client, and who ends a
+worker alone is left out of the round. Its sum is then that of these updates, in the order of the tasks.
 
 Legend: P is the number of weights.
 """
@@ -14,7 +15,7 @@ import os
 import signal
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
@@ -29,7 +30,7 @@ Work = Callable[[Sequence[Task]], list[Reply]]
 Blocks = Sequence[Sequence[Task]]
 
 _ATTEMPTS = 3
-"""How often a block is tried before its clients are given up for the round."""
+"""How often a block is tried before its clients are trained one by one."""
 _NOWHERE = np.zeros(0, np.float32)
 _IDLE: int | None = None
 
@@ -67,15 +68,25 @@ class Workers:
                         worker.start(at, blocks[at])
                 for worker in _answered(self._workers):
                     at, replies = worker.finish()
-                    if replies is None:
-                        tries[at] += 1
-                        self._replace(worker, "in its block, which is trained again")
-                        replies = [_lost(task) for task in blocks[at]] if tries[at] == _ATTEMPTS else None
-                    if replies is None:
+                    tries[at] += replies is None
+                    if replies is not None:
+                        done[at] = replies
+                    elif tries[at] < _ATTEMPTS:
+                        self._replaced(worker, "in its block, which is trained again")
                         waiting.insert(0, at)
                     else:
-                        done[at] = replies
+                        worker = self._replaced(worker, "in its block, whose clients are trained one by one")
+                        done[at] = _summed(self._one_by_one(worker, at, blocks[at]))
             yield done.pop(i)
+
+    def _one_by_one(self, worker: "_Worker", at: int, block: Sequence[Task]) -> Iterator[Reply]:
+        """The replies of clients that are trained each alone. It is so rare that other workers may wait for it."""
+        for task in block:
+            worker.start(at, [task])
+            _, replies = worker.finish()
+            if replies is None:  # of whom, the lines do not say: under a secret draw they would tell who was drawn
+                worker = self._replaced(worker, "with one client alone, which is left out of the round")
+            yield from [_lost(task)] if replies is None else replies
 
     def _meet(self, blocks: Blocks) -> None:
         """Idle workers, as many as have something to do, who see the round's weights."""
@@ -90,10 +101,12 @@ class Workers:
         while len(self._workers) < min(self._count, len(blocks)):
             self._workers.append(_Worker(self._work, self._weights, len(self._workers) + 1))
 
-    def _replace(self, worker: "_Worker", what: str) -> None:
+    def _replaced(self, worker: "_Worker", what: str) -> "_Worker":
+        """Another in the place of one that died."""
         self._say(f"worker {worker.number} died {what}")
         worker.end()
-        self._workers[self._workers.index(worker)] = _Worker(self._work, self._weights, worker.number)
+        self._workers[self._workers.index(worker)] = fresh = _Worker(self._work, self._weights, worker.number)
+        return fresh
 
 
 class _Worker:
@@ -162,6 +175,19 @@ def _with_total(reply: Reply, shared: NDArray[np.float64]) -> Reply:
     return replace(reply, summand=replace(reply.summand, total=shared.copy()))
 
 
+def _summed(replies: Iterable[Reply]) -> list[Reply]:
+    """`replies`, what sums they have as one, on the last that has one, as of a block that was trained at once."""
+    kept, total, whole, last = list[Reply](), np.zeros(0), 0.0, -1
+    for reply in replies:
+        if (mine := reply.summand) is not None and mine.total is not None:
+            total, whole, last = total + mine.total if last >= 0 else mine.total, whole + mine.whole, len(kept)
+            reply = replace(reply, summand=replace(mine, total=None, whole=0.0))
+        kept.append(reply)
+    if last >= 0 and (mine := kept[last].summand) is not None:
+        kept[last] = replace(kept[last], summand=replace(mine, total=total, whole=whole))
+    return kept
+
+
 def _answered(workers: Sequence[_Worker]) -> list[_Worker]:
     """Those who have an answer, or have died; waits for one."""
     busy = {worker.connection: worker for worker in workers if worker.block is not None}
@@ -169,7 +195,7 @@ def _answered(workers: Sequence[_Worker]) -> list[_Worker]:
 
 
 def _lost(task: Task) -> Reply:
-    return Reply(task.round, task.client, reason=f"its worker died {_ATTEMPTS} times")
+    return Reply(task.round, task.client, reason=f"its worker died {_ATTEMPTS} times, then with it alone")
 
 
 def _end(workers: list[_Worker]) -> None:

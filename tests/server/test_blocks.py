@@ -261,12 +261,17 @@ def test_a_process_that_dies_at_a_block_is_named_and_the_block_trained_again(hou
     assert line.startswith("worker 1 died in its block, which is trained again (on ")
 
 
-def test_a_block_that_kills_every_process_costs_its_own_clients_alone(house: Callable[..., House]) -> None:
-    here = house("rounds.number=1")
+@pytest.mark.parametrize("way", ["mean", "median", "client", "masked"])
+def test_a_client_that_ends_every_process_is_left_out_alone_with_the_embedded_bits(
+    house: Callable[..., House], way: str
+) -> None:
+    here = house(f"rounds.number=1 {WAYS[way]}")
     (here.folder / "deadly").touch()
-    _, rows, said = here.simulated(here.grid("simulated"))
-    assert rows[0]["rejected"] == [{"name": name, "reason": "its worker died 3 times"} for name in ("04", "05")]
-    assert (len(said), rows[0]["applied"]) == (3, True)
+    found, rows, said = here.simulated(here.grid("simulated"))
+    assert rows[0]["rejected"] == [{"name": "05", "reason": "its worker died 3 times, then with it alone"}]
+    assert (len(said), rows[0]["applied"]) == (4, True)
+    truth, told = here.embedded()
+    assert (found.weights.tobytes(), rows) == (truth.weights.tobytes(), told)
 
 
 @pytest.mark.parametrize("workers", [2, 3])
