@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from clients import steps
 from clients.device import draw
 from clients.task import Device, Hello
 from clients.training import Node
@@ -240,4 +241,4 @@ def whose(found: Answer, purse: Purse) -> str:
 def local_steps(found: Answer, name: str) -> int:
     """Steps of one round of a client."""
     private = found.settings.privacy.by_example
-    return select.local_steps(found.settings.local, found.roster[name].examples, private)
+    return steps.local_steps(found.settings.local, found.roster[name].examples, private)
