@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
 
 from clients import app as client_app
@@ -43,9 +42,7 @@ SCENARIO = Scenario("for a test", Settings(), {"linear": lambda: nn.Linear(2, 2)
 
 
 @pytest.fixture(autouse=True)
-def _inside_a_flower_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("run_id", "node_id", "task_id"):
-        monkeypatch.setattr(TaskIdentity, f"_{name}", 1, raising=False)
+def _inside_a_flower_process(flower_process: None) -> None:
     client_app._node.cache_clear()
 
 

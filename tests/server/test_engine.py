@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -22,8 +22,8 @@ from scenarios import Examples, Federation, Scenario
 from scenarios.settings import Settings, override
 from scenarios.weights import Vector
 from server import budget, combine, engine, pairs
+from server.canaries import Unrecorded
 from server.embedded import EmbeddedFleet
-from server.references import NoJournal
 from server.rounds import rounds
 from server.state import Row, Score, ServerState, first_state
 
@@ -43,17 +43,6 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 60), nn.ReLU(), nn.Linear(60, 2))
 
 
-class Kept(NoJournal):
-    def __init__(self) -> None:
-        self.rows = list[Row]()
-
-    def reserve(self, number: int, steps: Mapping[str, int]) -> dict[str, str]:
-        return {}
-
-    def commit(self, state: ServerState, row: Row, taken: object) -> None:
-        self.rows.append(row)
-
-
 def made_node(folder: Path, text: str, data: Callable[[str], Examples] = examples) -> Node:
     settings = override(Settings(), f"{BASE} {text}")
     federation = Federation(SIZES, data, examples("validation"), examples("test"))
@@ -65,11 +54,12 @@ def federate(
     folder: Path, text: str, state: ServerState | None = None, data: Callable[[str], Examples] = examples
 ) -> tuple[ServerState, list[Row]]:
     node = made_node(folder, text, data)
-    fleet, kept = EmbeddedFleet(node), Kept()
+    fleet = EmbeddedFleet(node)
     plans = budget.plans(fleet.hello(), node.settings)
     state = state or first_state(node.template, node.settings)
-    *_, (last, _) = rounds(fleet, fleet.hello(), plans, state, node.settings, kept, lambda _: Score(1.0, 0.5))
-    return last, kept.rows
+    score = Score(1.0, 0.5)
+    steps = list(rounds(fleet, fleet.hello(), plans, state, node.settings, Unrecorded(), lambda _: score))
+    return steps[-1][0], [row for _, row in steps]
 
 
 def close(one: Vector, other: Vector, most: float = 1e-5) -> bool:
@@ -407,7 +397,7 @@ def test_a_round_from_any_checkpoint_of_a_run_comes_to_the_same_weights(tmp_path
     fleet = EmbeddedFleet(single)
     plans = budget.plans(fleet.hello(), single.settings)
     states = [first_state(single.template, single.settings)]
-    told = states[0], single.settings, Kept(), lambda _: Score(1.0, 0.5)
+    told = states[0], single.settings, Unrecorded(), lambda _: Score(1.0, 0.5)
     states += [state for state, _ in rounds(fleet, fleet.hello(), plans, *told)]
     off = []
     for before, after in pairwise(states):
