@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -287,5 +287,4 @@ def _crew(**told: Any) -> "tuple[Workers, list[str]]":
     from clients.workers import Workers
 
     deaths, machine = list[str](), socket.gethostname()
-    work = partial(cohort.work, _node(**told))
-    return Workers(work, 1, lambda line: deaths.append(f"{line} (on {machine})")), deaths
+    return Workers(cohort.forked(_node(**told)), 1, lambda line: deaths.append(f"{line} (on {machine})")), deaths

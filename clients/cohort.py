@@ -9,7 +9,7 @@ model is a stack of linear layers (clients/private_stack.py), else through Opacu
 matrices where that pays (clients/gram.py), else through one model for all (clients/fused.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from clients import answers, groups, placement, training, upload
 from clients.answers import Weigh
 from clients.task import Reply, Task
 from clients.training import Admitted, Node
+from privacy import dp_sgd
 from privacy.refused import Refused
 from scenarios.settings import Local, Settings
 
@@ -61,6 +62,13 @@ def work(node: Node, tasks: Sequence[Task]) -> list[Reply]:
     if node.settings.local.engine == "single" or tasks[0].kind != "train":
         return [training.answer(node, task) for task in tasks]
     return answer(node, tasks, weigh(node.settings))
+
+
+def forked(node: Node) -> Callable[[Sequence[Task]], list[Reply]]:
+    """`work` for processes that are forked from here on; what each would load at need is loaded now, once for all."""
+    if node.settings.privacy.by_example:
+        dp_sgd.load()
+    return partial(work, node)
 
 
 def weigh(settings: Settings) -> Weigh | None:

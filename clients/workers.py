@@ -45,8 +45,6 @@ class Workers:
 
     def __init__(self, work: Work, count: int, say: Callable[[str], None]) -> None:
         """say: hears of a worker that died."""
-        import torch.fx.experimental.symbolic_shapes  # noqa: F401, autograd loads it at need: 36 MB, now once for all
-
         self._work, self._count, self._say = work, count, say
         self._weights = _NOWHERE
         self._workers: list[_Worker] = []
