@@ -20,6 +20,8 @@ from scenarios import Scenario
 from scenarios.settings import Settings, override
 from server import accounts, budget, engine, purses, reach, select, units
 from server import run as job
+from server.costs import round_costs, test_costs
+from server.ledger_place import ledger_path
 from server.purses import Held, Purse
 
 
@@ -141,9 +143,9 @@ def roster(scenario: Scenario, settings: Settings) -> dict[str, Hello]:
 def hold(found: Answer) -> Answer:
     """With every client's purses in the ledger that a run of this plan would charge."""
     scenario, settings = found.scenario, found.settings
-    path = accounts.ledger_path(scenario, settings, "embedded")
-    asks = accounts.costs(scenario, settings, found.roster, found.plans)
-    tests = accounts.test_costs(scenario, found.tests)
+    path = ledger_path(scenario, settings, "embedded")
+    asks = round_costs(scenario, settings, found.roster, found.plans)
+    tests = test_costs(scenario, found.tests)
     charges = [pair for name, paid in asks.items() for pair in zip(paid, found.plans[name].parts, strict=True)]
     charges += [(cost, found.tests[name]) for name, cost in tests.items()]
     known = purses.purses(path, settings.privacy.budget, accounts.window(settings), charges)
