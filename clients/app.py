@@ -6,11 +6,10 @@ neither a stage of a masked sum nor a key holder needs them.
 
 import hashlib
 import os
-import re
 import socket
 import time
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,7 +133,7 @@ def _answer(task: "Task", context: Context) -> "Reply":
     from clients import cohort, device
 
     node, name = _here(context)
-    _addressed(task, name)
+    _addressed(task, name, context)
     if task.deadline:  # the link takes its part of it: this node's owner knows how fast it is
         link = device.transfer_seconds(device.said(context.node_config), task.download, task.weights.nbytes)
         task = replace(task, deadline=max(1e-9, task.deadline - link))
@@ -149,14 +148,19 @@ def _stage(task: "Task", context: Context) -> "Reply | None":
 
     if "client" not in context.node_config or (known := wanted.kept(_states(context), _run(context))) is None:
         return None
-    _addressed(task, str(context.node_config["client"]))
+    _addressed(task, str(context.node_config["client"]), context)
     member = masking.Member(known.folder, _peers(context), known.settings.protect)
     return Reply(task.round, task.client, member.answer(task, upload.grid_of(task, known.settings)))
 
 
-def _addressed(task: "Task", name: str) -> None:
+def _addressed(task: "Task", name: str, context: Context) -> None:
+    """Refuse a task that is for another client, or that the owner of this device does not allow."""
+    from clients import pins
+
     if task.client != name:
         raise Refused(f"this node is {name}, the task is for {task.client}")
+    if "client" in context.node_config:
+        pins.hold_task_to(context.node_config, task)
 
 
 def _reason(error: Exception) -> str:
@@ -205,10 +209,11 @@ def _own(context: Context) -> "OwnLedger | None":
 def _here(context: Context) -> tuple["Node", str]:
     """(what this process has to train with, the name of this node's client).
 
-    A device is told both by its owner: `client`, `data`, `state`, `scenario`, `peers`, `keyholder` in its node config.
+    A device is told both by its owner: `client`, `data`, `state`, `scenario`, `peers`, `keyholder`, and what it
+    demands of every run (clients/pins.py), in its node config.
     A simulated node is the partition-id'th of the sorted client names, and may be told its data folder by the run.
     """
-    from clients import wanted
+    from clients import pins, wanted
 
     config, node = context.node_config, _node(**_told(context))
     named = str(config.get("client", ""))
@@ -216,6 +221,7 @@ def _here(context: Context) -> tuple["Node", str]:
     if named:
         if clients and named not in clients:
             raise Refused(f"this node is client {named!r}, but the scenario has {', '.join(clients)}"[:200])
+        pins.hold_to(config, node.settings.protect)
         if node.settings.protect.mode == "masked":
             wanted.keep(_states(context), _run(context), wanted.Wanted(node.settings, node.states))
         return node, named
@@ -253,7 +259,7 @@ def _scenario(asked: str, own: str) -> str:
 def _node(
     scenario: str, text: str, data: str, states: str, run: int, device: bool, peers: str, keyholder: str
 ) -> "Node":
-    from clients import masking
+    from clients import masking, pins
     from clients.training import Node
     from scenarios import load
     from scenarios.settings import override
@@ -270,7 +276,7 @@ def _node(
     if device:  # digests of this node's data show a change from run to run, too
         secret(folder / "key", secret(Path(states) / "key"))
     known = (masking.read_peers(Path(peers)) if peers else {}) if device else None
-    trusted = _trusted(keyholder) if device and settings.protect.mode == "encrypted" else None
+    trusted = pins.key_holder(keyholder) if device and settings.protect.mode == "encrypted" else None
     return Node(loaded, settings, loaded.data(settings), folder, known, trusted)
 
 
@@ -281,12 +287,4 @@ def _crew(**told: Any) -> "tuple[Workers, list[str]]":
     from clients.workers import Workers
 
     deaths, machine = list[str](), socket.gethostname()
-    work = partial(cohort.work, _node(**told))
-    return Workers(work, 1, lambda line: deaths.append(f"{line} (on {machine})")), deaths
-
-
-def _trusted(keyholder: str) -> bytes:
-    """The public key of the key holder, as this device's owner has it."""
-    if not re.fullmatch("[0-9a-f]{64}", keyholder):
-        raise Refused('protect=encrypted: put what `umbel keyholder` prints, keyholder="KEY", into this node\'s config')
-    return bytes.fromhex(keyholder)
+    return Workers(cohort.forked(_node(**told)), 1, lambda line: deaths.append(f"{line} (on {machine})")), deaths

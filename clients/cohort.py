@@ -20,7 +20,8 @@ from clients import answers, groups, placement, reading, training, upload
 from clients.answers import Weigh
 from clients.task import Reply, Task
 from clients.training import Admitted, Node
-from clients.workers import Room
+from clients.workers import Room, Work
+from privacy import dp_sgd
 from privacy.refused import Refused
 from scenarios.settings import Local, Settings
 
@@ -68,6 +69,13 @@ def work(node: Node, tasks: Sequence[Task], room: Room | None = None) -> list[Re
     if node.settings.local.engine == "single" or tasks[0].kind != "train":
         return [training.answer(node, task) for task in tasks]
     return answer(node, tasks, weigh(node.settings), room)
+
+
+def forked(node: Node) -> Work:
+    """`work` for processes that are forked from here on; what each would load at need is loaded now, once for all."""
+    if node.settings.privacy.by_example:
+        dp_sgd.load()
+    return partial(work, node)
 
 
 def weigh(settings: Settings) -> Weigh | None:

@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from clients import cohort
+from clients import admission, cohort
 from clients.task import Charge, Hello, Reply, Task
 from clients.training import Node
 from privacy import accounting
@@ -87,8 +87,10 @@ class OwnLedger:
         ledger.read()
         if ledger.attempt(charge.run, account) == (task.round, charge.attempt):
             return self._again(account, task, charge)
+        held = len(node.federation.client(task.client).y)
+        admission.check(task, node.settings, held)
         known = ledger.accounts.get(account)
-        delta = known.delta if known else _delta(node, len(node.federation.client(task.client).y))
+        delta = known.delta if known else _delta(node, held)
         self._open(ledger, account, delta)
         by_round = task.mechanism is None or task.kind == "evaluate"  # one release, whatever the local steps
         mechanism = task.mechanism or Mechanism(1.0, task.update_noise)
@@ -119,10 +121,13 @@ class OwnLedger:
                 f"the owner's budget of {self.budget:g} is for noise that this node adds: privacy.unit="
                 f"{', '.join(_UNITS)}, and no privacy.noise_seed"
             )
-        if tests:
-            noised = node.settings.evaluation.epsilon is not None and wanted.unit != "none"
-            return noised and wanted.noise_seed is None
-        return charged
+        evaluation = node.settings.evaluation
+        if self.budget is not None and evaluation.epsilon is None and (tests or evaluation.on == "clients"):
+            raise Refused(
+                f"the owner's budget of {self.budget:g} lets no test results leave without noise: "
+                "evaluation.on=server, or evaluation.epsilon"
+            )
+        return evaluation.epsilon is not None and wanted.noise_seed is None if tests else charged
 
     def _keep(self, account: Account, reply: Reply, charge: Charge) -> None:
         """Keep the reply, durably, before it may leave: one file an account, the last reply alone."""

@@ -13,9 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clients import codecs, coordinates, device, encrypting, masking, placement, reading, scaffold, sgd, state, upload
+from clients import (
+    admission,
+    codecs,
+    coordinates,
+    device,
+    encrypting,
+    masking,
+    placement,
+    reading,
+    scaffold,
+    sgd,
+    state,
+    upload,
+)
 from clients.task import Device, Hello, Reply, Task
-from privacy import accounting, cohort_noise, dp_sgd, durable, exact_counts, local_noise, noise_shares, noisy_counts
+from privacy import accounting, cohort_noise, dp_sgd, durable, exact_counts, local_noise, noisy_counts
 from privacy.integers import Grid, Integers
 from privacy.refused import Refused
 from scenarios import Examples, Federation, Scenario, build_model, predict
@@ -187,27 +200,12 @@ def admitted(node: Node, task: Task, read: reading.Read | None = None) -> Admitt
 
     read: where its block's examples are; None: it is by itself.
     """
-    settings = node.settings
-    if settings.privacy.by_example and (task.mechanism is None or task.clip != settings.privacy.clip):
-        raise Refused("the task is without the differential privacy that this node's settings ask for")
-    norms = {task.update_clip} - {0.0} if settings.privacy.adapt else {settings.privacy.update_norm}
-    if settings.privacy.by_client and task.update_clip not in norms:
-        raise Refused("the task is without the clipping norm that this node's settings ask for")
-    wanted, number = settings.privacy, settings.rounds.number + settings.export.recover_rounds
-    if wanted.unit == "local":
-        asked = task.update_clip, task.update_noise
-        local_noise.hold_to(*asked, wanted.clip, wanted.epsilon, wanted.delta, number)
-    if wanted.by_shares:
-        least = task.protection.minimum if task.protection else None
-        noise_shares.hold_to(task.shares, wanted.epsilon, wanted.delta, number, least, wanted.colluding)
-    if task.control is not None and not settings.local.scaffold:
-        raise Refused("the task has a control variate that this node's settings do not ask for")
-    coordinates.hold_to(task.coordinates, coordinates.split(settings.codec)[0], len(task.weights))
+    settings, held = node.settings, read(task.client) if read else reading.alone(node.federation, task.client)
+    admission.check(task, settings, held.count)
     if _drops_out(settings, task):
         raise Refused("dropped out, as faults.dropout asks")
     before = state.load(node.states, task) if node.carries else state.ClientState()
     correction = scaffold.correction(task, before.control) if settings.local.scaffold else None
-    held = read(task.client) if read else reading.alone(node.federation, task.client)
     return Admitted(task, held, before, correction)
 
 
@@ -284,13 +282,11 @@ def evaluate(model: nn.Module, examples: Examples, loss: Callable[[Tensor, Tenso
 def _evaluate(node: Node, task: Task) -> Reply:
     if node.federation.client_test is None:
         raise Refused(f"scenario {node.scenario.name} gives its clients no test data: set evaluation.on=server")
-    if node.settings.evaluation.epsilon is not None and task.mechanism is None:
-        raise Refused("the task is without the noise on test results that this node's settings ask for")
-    if node.settings.evaluation.epsilon is None and task.mechanism is not None:
-        raise Refused("the task asks for noise on test results that this node's settings do not ask for")
+    held = len(node.federation.client(task.client).y) if task.mechanism is not None else 0
+    admission.check(task, node.settings, held)
     examples = node.federation.client_test(task.client)
     if task.mechanism is not None:
-        _few_enough(node, task.client, len(examples.y))
+        _few_enough(node, held, len(examples.y))
     loss, correct = evaluate(
         placement.moved(_model(node, task), placement.of(node.settings)), examples, node.scenario.loss
     )
@@ -307,9 +303,9 @@ def _evaluate(node: Node, task: Task) -> Reply:
     return Reply(task.round, task.client, examples=count, correct=right)
 
 
-def _few_enough(node: Node, client: str, tests: int) -> None:
+def _few_enough(node: Node, examples: int, tests: int) -> None:
     """Refuse noised test results whose delta would allow to publish one: the server knows the training part alone."""
-    delta = node.settings.privacy.delta or accounting.default_delta(len(node.federation.client(client).y))
+    delta = node.settings.privacy.delta or accounting.default_delta(examples)
     if delta * tests >= 1:
         raise Refused(f"its test examples are too many for delta={delta:.3g}: set a smaller privacy.delta")
 

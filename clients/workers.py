@@ -2,7 +2,9 @@
 
 A block comes out the same in whichever process it is trained. The weights, and sums of large blocks that come back, lie
 in memory that both sides share; the rest travels by pipe, small blocks several at a time. A worker that dies is named,
-and another trains its blocks again, with the same batches; noise is drawn anew.
+and another trains its blocks again, with the same batches; noise is drawn anew. A block that ends three of them is
+trained client by client, and who ends a worker alone is left out of the round. Its sum is then that of these updates,
+in the order of the tasks.
 
 Legend: P is the number of weights.
 """
@@ -16,7 +18,7 @@ import pickle
 import signal
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
@@ -35,7 +37,7 @@ Work = Callable[[Sequence[Task], Room | None], list[Reply]]
 Blocks = Sequence[Sequence[Task]]
 
 _ATTEMPTS = 3
-"""How often a block is tried before its clients are given up for the round."""
+"""How often a block is tried before its clients are trained one by one."""
 _NOWHERE = np.zeros(0, np.float32)
 _AT_ONCE = 1 << 20
 """Bytes of updates that blocks of one message may come to, where it is not one block alone."""
@@ -51,8 +53,6 @@ class Workers:
 
     def __init__(self, work: Work, count: int, say: Callable[[str], None]) -> None:
         """say: hears of a worker that died."""
-        import torch.fx.experimental.symbolic_shapes  # noqa: F401, autograd loads it at need: 36 MB, now once for all
-
         self._work, self._count, self._say = work, count, say
         self._weights = _NOWHERE
         self._workers: list[_Worker] = []
@@ -83,18 +83,31 @@ class Workers:
                     if answers is not None:
                         done |= zip(some, answers, strict=True)
                         continue
-                    self._replace(worker, f"in its block{', which is' if len(some) == 1 else 's, which are'}")
                     for at in some:
                         tries[at] += 1
-                    lost = [at for at in some if tries[at] == _ATTEMPTS]
-                    done |= {at: [_lost(task) for task in blocks[at]] for at in lost}
-                    waiting[:0] = [at for at in some if at not in lost]
+                    if tries[some[0]] < _ATTEMPTS:  # from the second time on a block goes by itself
+                        self._replaced(
+                            worker, f"in its block{', which is' if len(some) == 1 else 's, which are'} trained again"
+                        )
+                        waiting[:0] = some
+                    else:
+                        worker = self._replaced(worker, "in its block, whose clients are trained one by one")
+                        done[some[0]] = _summed(self._one_by_one(worker, some[0], blocks[some[0]]))
             yield done.pop(i)
 
     def _together(self, blocks: Blocks, waiting: int) -> int:
         """How many of the blocks that wait go in one message: fewer towards the end, so that all workers end alike."""
         most = _AT_ONCE // max(1, 8 * self._weights.size * max(map(len, blocks)))
         return max(1, min(most, waiting // (2 * len(self._workers))))
+
+    def _one_by_one(self, worker: "_Worker", at: int, block: Sequence[Task]) -> Iterator[Reply]:
+        """The replies of clients that are trained each alone. It is so rare that other workers may wait for it."""
+        for task in block:
+            worker.start([at], [[task]])
+            _, answers = worker.finish()
+            if answers is None:  # of whom, the lines do not say: under a secret draw they would tell who was drawn
+                worker = self._replaced(worker, "with one client alone, which is left out of the round")
+            yield from [_lost(task)] if answers is None else map(_kept, answers[0])
 
     def _meet(self, blocks: Blocks) -> None:
         """Idle workers, as many as have something to do, who see the round's weights."""
@@ -109,10 +122,12 @@ class Workers:
         while len(self._workers) < min(self._count, len(blocks)):
             self._workers.append(_Worker(self._work, self._weights, len(self._workers) + 1))
 
-    def _replace(self, worker: "_Worker", what: str) -> None:
-        self._say(f"worker {worker.number} died {what} trained again")
+    def _replaced(self, worker: "_Worker", what: str) -> "_Worker":
+        """Another in the place of one that died."""
+        self._say(f"worker {worker.number} died {what}")
         worker.end()
-        self._workers[self._workers.index(worker)] = _Worker(self._work, self._weights, worker.number)
+        self._workers[self._workers.index(worker)] = fresh = _Worker(self._work, self._weights, worker.number)
+        return fresh
 
 
 class _Worker:
@@ -226,6 +241,19 @@ def _kept(reply: Reply) -> Reply:
     return _with_total(reply, reply.summand.total.copy())
 
 
+def _summed(replies: Iterable[Reply]) -> list[Reply]:
+    """`replies`, what sums they have as one, on the last that has one, as of a block that was trained at once."""
+    kept, total, whole, last = list[Reply](), np.zeros(0), 0.0, -1
+    for reply in replies:
+        if (mine := reply.summand) is not None and mine.total is not None:
+            total, whole, last = total + mine.total if last >= 0 else mine.total, whole + mine.whole, len(kept)
+            reply = replace(reply, summand=replace(mine, total=None, whole=0.0))
+        kept.append(reply)
+    if last >= 0 and (mine := kept[last].summand) is not None:
+        kept[last] = replace(kept[last], summand=replace(mine, total=total, whole=whole))
+    return kept
+
+
 def _answered(workers: Sequence[_Worker]) -> list[_Worker]:
     """Those who have an answer, or have died; waits for one."""
     busy = {worker.connection: worker for worker in workers if worker.blocks}
@@ -233,7 +261,7 @@ def _answered(workers: Sequence[_Worker]) -> list[_Worker]:
 
 
 def _lost(task: Task) -> Reply:
-    return Reply(task.round, task.client, reason=f"its worker died {_ATTEMPTS} times")
+    return Reply(task.round, task.client, reason=f"its worker died {_ATTEMPTS} times, then with it alone")
 
 
 def _end(workers: list[_Worker]) -> None:

@@ -30,6 +30,11 @@ _HEAD, _WORDS = 24, 624
 _PRV_POINTS = 1 << 23
 
 
+def load() -> None:
+    """Load Opacus, and with it sympy, now rather than where it is first used."""
+    import opacus  # noqa: F401
+
+
 def check(model: nn.Module) -> None:
     """Refuse a layer through which one example touches another's gradient, naming it and the remedy.
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from privacy import accounting
 from privacy.plan import Mechanism, Plan
+from privacy.refused import Refused
 
 SENSITIVITY = math.sqrt(2)
 ADJACENCY = "add or remove one test example"
@@ -21,6 +22,17 @@ def plan(times: int, epsilon: float, delta: float | None, examples: int) -> Plan
     delta = delta or accounting.default_delta(examples)
     noise = accounting.calibrate(1.0, times, epsilon, delta, max_noise=1e9)
     return Plan(Mechanism(1.0, noise), SENSITIVITY, epsilon, delta, times)
+
+
+def hold_to(asked: Mechanism, times: int, epsilon: float, delta: float) -> None:
+    """Refuse noise that is less than the node's own settings ask for, over the `times` that they let it be asked.
+
+    Every test example is counted every time, so a mechanism that accounts for a sample would be charged too little.
+    """
+    if asked.sampling_rate != 1:
+        raise Refused(f"the task accounts for {asked.sampling_rate:g} of the test examples, and all are counted")
+    if not 0 < asked.noise_multiplier < math.inf or accounting.epsilon({asked: times}, delta) > epsilon:
+        raise Refused("the task is with less noise on test results than this node's settings ask for")
 
 
 def noised(correct: int, examples: int, mechanism: Mechanism, random: np.random.Generator) -> tuple[int, int]:

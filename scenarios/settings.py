@@ -244,6 +244,11 @@ class Settings(Section):
     report: Report = Report()
 
     @property
+    def evaluations(self) -> int:
+        """How often a client's test examples are asked at most: every so many rounds, and once at the end."""
+        return (self.rounds.number + self.export.recover_rounds) // self.evaluation.every + 1
+
+    @property
     def hides_tests(self) -> bool:
         """Whether a client says what its test examples make of the model in a protected sum alone, without noise."""
         return self.protect.mode != "none" and self.evaluation.epsilon is None

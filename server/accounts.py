@@ -1,30 +1,23 @@
-"""Accounts: a run's side of the ledger; where it lies, what each client may still release, what each round released."""
+"""Accounts: a run's side of the ledger, what each client may still release and what each round released."""
 
-import os
-import re
 import secrets
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import islice
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from clients.roster import examples
 from clients.task import Charge, Hello, Reply, Task
 from privacy import accounting, heads
 from privacy.chain import Head
-from privacy.durable import secret
-from privacy.ledger import TESTS, Account, Ledger, Window
-from privacy.plan import Mechanism, Plan
+from privacy.ledger import Account, Ledger, Window
+from privacy.plan import Plan
 from privacy.refused import Refused
 from scenarios import Scenario
 from scenarios.numbered import named
 from scenarios.settings import Settings
-from server import peers
+from server import ledger_place, peers
+from server.costs import Cost, round_costs, test_costs
 from server.record import RunFolder
-from server.select import round_steps
 from server.select import secret as secret_draw
 from server.spent_file import large
 from server.state import Row, ServerState
@@ -32,42 +25,6 @@ from server.state import Row, ServerState
 
 class Exhausted(Exception):
     """Fewer than rounds.minimum clients can pay for a round; the message says who has how much left."""
-
-
-class Cost(NamedTuple):
-    """What one round costs one account."""
-
-    account: Account
-    mechanism: Mechanism
-    steps: int
-    """Of a whole round."""
-    by_round: bool = False
-    """Whether a round costs `steps` however many local steps the client takes."""
-    delta: float = 0.0
-    """At which the account is opened, where it is not yet."""
-
-    def of(self, taken: int) -> int:
-        """What a round of so many local steps costs."""
-        return self.steps if self.by_round else taken
-
-
-class Asks(Mapping[str, tuple[Cost, ...]]):
-    """What a round costs the accounts of every client, in the order of its plan's parts; computed when it is asked."""
-
-    def __init__(self, plans: Mapping[str, Plan], costs: Callable[[str, Plan], tuple[Cost, ...]]) -> None:
-        self._plans, self._costs = plans, costs
-
-    def __getitem__(self, name: str) -> tuple[Cost, ...]:
-        return self._costs(name, self._plans[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._plans)
-
-    def __len__(self) -> int:
-        return len(self._plans)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._plans
 
 
 @dataclass(frozen=True)
@@ -263,7 +220,7 @@ def prepared(
     """
     if not plans or settings.privacy.noise_seed is not None:
         return Accounts(folder)
-    path, run = _place(scenario, settings, runtime, start), secrets.token_hex(8)
+    path, run = ledger_place.of_run(scenario, settings, runtime, start), secrets.token_hex(8)
     if start is not None:
         known = start["ledger"]
         run = known["run"]
@@ -272,7 +229,7 @@ def prepared(
                 f"{path} does not go on from what this run wrote into its ledger: bring that file back, or name its "
                 "folder by --state"
             )
-    ledger, asks = Ledger(path), costs(scenario, settings, roster, plans)
+    ledger, asks = Ledger(path), round_costs(scenario, settings, roster, plans)
     examined = {name: (cost, tests[name].steps) for name, cost in test_costs(scenario, tests).items()}
     ledger.read()
     many, met = large(named(roster)), dict[Account, Head]()
@@ -315,35 +272,7 @@ def heads_before(
     """
     if settings.privacy.unit == "none" or settings.privacy.noise_seed is not None:
         return {}
-    return heads.read(Ledger(_place(scenario, settings, runtime, start)))
-
-
-def costs(scenario: Scenario, settings: Settings, roster: Mapping[str, Hello], plans: Mapping[str, Plan]) -> Asks:
-    """What a round costs the accounts of every client."""
-    data = scenario.dataset or scenario.name
-    unit = "example" if settings.privacy.unit == "both" else settings.privacy.unit
-    names, sizes = named(roster), examples(roster)
-
-    @lru_cache
-    def steps_of(size: int) -> int:
-        return round_steps(settings, size)
-
-    def of(name: str, plan: Plan) -> tuple[Cost, ...]:
-        steps = steps_of(int(sizes[names.place(name)]) if settings.privacy.by_example else 0)
-        first = Cost(Account(unit, name, data), plan.mechanism, steps, delta=plan.delta)
-        if plan.whole is None:
-            return (first,)
-        return first, Cost(Account("client", name, data), plan.whole.mechanism, 1, True, plan.whole.delta)
-
-    return Asks(plans, of)
-
-
-def test_costs(scenario: Scenario, tests: Mapping[str, Plan]) -> dict[str, Cost]:
-    """What a noised evaluation costs every client's test examples, which are others than those it trains on."""
-    data = (scenario.dataset or scenario.name) + TESTS
-    return {
-        name: Cost(Account("example", name, data), plan.mechanism, 1, True, plan.delta) for name, plan in tests.items()
-    }
+    return heads.read(Ledger(ledger_place.of_run(scenario, settings, runtime, start)))
 
 
 def check(settings: Settings) -> None:
@@ -362,48 +291,12 @@ def check(settings: Settings) -> None:
         )
 
 
-def lend_key(folder: RunFolder, settings: Settings) -> None:
-    """Key the digests of this run's data by the state folder's secret, so that the ledger can tell when data change."""
-    if settings.privacy.unit == "none" or settings.privacy.noise_seed is not None:
-        return
-    state = state_folder(settings.run.state)
-    try:
-        secret(folder.states / "key", secret(state / "key"))
-    except OSError as error:
-        raise Refused(f"{state} cannot be written ({error.strerror}): name another folder by --state") from None
-
-
 def window(settings: Settings) -> Window | None:
     """The window of time that these settings ask for; raises Refused for half of one."""
     days, epsilon = settings.privacy.window_days, settings.privacy.window_epsilon
     if (days is None) != (epsilon is None):
         raise Refused("privacy.window_days and privacy.window_epsilon go together: set both or none")
     return None if days is None or epsilon is None else Window(days, epsilon)
-
-
-def _place(scenario: Scenario, settings: Settings, runtime: str, start: Mapping[str, Any] | None) -> Path:
-    """Where the run's ledger lies; a resumed one's where it was, if it is not told elsewhere."""
-    if start is None or settings.run.state or start["ledger"]["path"] is None:
-        return ledger_path(scenario, settings, runtime)
-    return Path(start["ledger"]["path"])
-
-
-def state_folder(named: str) -> Path:
-    """Where ledgers lie: `named` (--state), else UMBEL_STATE, else the platform's folder for state."""
-    if chosen := named or os.environ.get("UMBEL_STATE", ""):
-        return Path(chosen).expanduser().absolute()
-    if sys.platform == "darwin":
-        return Path("~/Library/Application Support/umbel").expanduser()
-    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "umbel"
-
-
-def ledger_path(scenario: Scenario, settings: Settings, runtime: str) -> Path:
-    """One ledger for all real devices; simulated ones have one for each data set and scenario, as they are made up."""
-    folder = state_folder(settings.run.state)
-    if runtime == "deployment":
-        return folder / "devices.ledger"
-    name = "-".join(dict.fromkeys([scenario.dataset or scenario.name, scenario.name]))
-    return folder / "simulations" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.ledger"
 
 
 def _who(over: Mapping[Account, str]) -> str:

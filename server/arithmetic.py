@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from clients import upload
+from clients.steps import local_steps
 from privacy import accounting, certificate, dp_sgd
 from privacy.noise_shares import Shares
 from scenarios.settings import Local, Settings
@@ -187,7 +188,7 @@ def _planned(report: Report) -> list[int]:
         return [math.ceil(total / settings["privacy.bands"])] * len(clients)
     local = Local(**{name.removeprefix("local."): v for name, v in settings.items() if name.startswith("local.")})
     if report["privacy"]["unit"] in ("example", "both"):
-        return [total * select.local_steps(local, client["examples"], True) for client in clients]
+        return [total * local_steps(local, client["examples"], True) for client in clients]
     return []
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clients.roster import Sizes, examples
+from clients.steps import local_steps, sampling_rate
 from clients.task import Hello
 from privacy import accounting, cohort_noise, fixed_size, local_noise, matrix_noise, noise_shares, noisy_counts
 from privacy.plan import Mechanism, Plan
@@ -13,7 +14,7 @@ from privacy.refused import Refused
 from scenarios.numbered import named
 from scenarios.settings import Settings
 from server.plans import Plans, shared
-from server.select import cohort_size, least_summed, local_steps, sampling_rate
+from server.select import cohort_size, least_summed
 
 
 def plans(roster: Mapping[str, Hello], settings: Settings) -> Mapping[str, Plan]:
@@ -70,8 +71,9 @@ def test_plans(roster: Mapping[str, Hello], settings: Settings) -> Mapping[str, 
     first, which = _alike(sizes)
     for at in first:
         _below_one_over_n(settings.privacy.delta, names[at], int(sizes[at]))
-    times = (settings.rounds.number + settings.export.recover_rounds) // wanted.every + 1  # and once at the end
-    kinds = [noisy_counts.plan(times, wanted.epsilon, settings.privacy.delta, int(sizes[at])) for at in first]
+    kinds = [
+        noisy_counts.plan(settings.evaluations, wanted.epsilon, settings.privacy.delta, int(sizes[at])) for at in first
+    ]
     return Plans(names, kinds, which)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from clients import upload
+from clients.steps import local_steps
 from clients.task import Hello, Reply, Task
 from clients.training import Node
 from privacy import audit
@@ -23,7 +24,6 @@ from server.canaries import POST, PUSH, Run, Setup, Tick, Unrecorded, sign
 from server.embedded import EmbeddedFleet
 from server.rounds import rounds
 from server.score import NOTHING
-from server.select import local_steps
 from server.state import first_state
 
 _LEAST = 500

@@ -36,7 +36,7 @@ class EmbeddedFleet:
     @cached_property
     def _workers(self) -> Workers:
         said = partial(print, file=sys.stderr)
-        return Workers(partial(cohort.work, self._node), self._processes, lambda line: said(f"umbel: {line}"))
+        return Workers(cohort.forked(self._node), self._processes, lambda line: said(f"umbel: {line}"))
 
 
 def met(node: Node) -> Mapping[str, Hello]:

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from clients.roster import examples
+from clients.steps import local_steps
 from clients.task import Hello, Way
 from clients.training import Node
 from clients.ways import Ways
 from privacy.refused import Refused
-from server import select
 from server.state import Row
 
 _KEPT = {"single": ("gram", "rows", "fused", "single"), "fused": ("gram", "rows", "fused"), "none": ("gram", "rows")}
@@ -36,7 +36,7 @@ def kinds(node: Node, roster: Mapping[str, Hello]) -> Iterator[tuple[Way, int, i
     deadline = settings.fleet.clock == "wall" and settings.fleet.deadline > 0
     sizes = examples(roster)
     for size, count in zip(*(part.tolist() for part in np.unique(sizes[sizes > 0], return_counts=True)), strict=True):
-        steps = select.local_steps(settings.local, size, private)
+        steps = local_steps(settings.local, size, private)
         yield ways.at(size, steps, private, deadline), size, steps, count
 
 

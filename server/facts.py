@@ -16,7 +16,8 @@ from privacy.promise import promise, summed
 from scenarios.settings import Settings, knobs
 from scenarios.weights import flatten
 from server import engine, exposure, gather, select
-from server.accounts import Accounts, Cost
+from server.accounts import Accounts
+from server.costs import Cost
 from server.state import Row, Score, ServerState, Spent
 
 SCHEMA = 1

@@ -17,8 +17,8 @@ from privacy.plan import Plan
 from privacy.refused import Refused
 from scenarios.settings import Settings, override
 from server import gather, select
-from server.accounts import state_folder
 from server.encrypted import Encrypted
+from server.ledger_place import state_folder
 from server.record import RunFolder
 from server.rounds import central_noise
 

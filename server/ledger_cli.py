@@ -207,7 +207,7 @@ def _print(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _paths(ledger: Path | None, state: str) -> list[Path]:
-    from server.accounts import state_folder
+    from server.ledger_place import state_folder
 
     if ledger is not None:
         if not ledger.is_file():

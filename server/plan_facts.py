@@ -10,8 +10,8 @@ from privacy import certificate
 from privacy.plan import Plan
 from scenarios.settings import knobs
 from server import planner, select, units
-from server.accounts import ledger_path
 from server.forecast import Forecast
+from server.ledger_place import ledger_path
 from server.planner import Answer
 from server.purses import Purse, middle, refused
 from server.search_costs import Sought

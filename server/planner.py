@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from clients import steps
 from clients.device import draw
 from clients.task import Device, Hello
 from clients.training import Node
@@ -19,6 +20,8 @@ from scenarios import Scenario
 from scenarios.settings import Settings, override
 from server import accounts, budget, engine, purses, reach, select, units
 from server import run as job
+from server.costs import round_costs, test_costs
+from server.ledger_place import ledger_path
 from server.purses import Held, Purse
 
 
@@ -140,9 +143,9 @@ def roster(scenario: Scenario, settings: Settings) -> dict[str, Hello]:
 def hold(found: Answer) -> Answer:
     """With every client's purses in the ledger that a run of this plan would charge."""
     scenario, settings = found.scenario, found.settings
-    path = accounts.ledger_path(scenario, settings, "embedded")
-    asks = accounts.costs(scenario, settings, found.roster, found.plans)
-    tests = accounts.test_costs(scenario, found.tests)
+    path = ledger_path(scenario, settings, "embedded")
+    asks = round_costs(scenario, settings, found.roster, found.plans)
+    tests = test_costs(scenario, found.tests)
     charges = [pair for name, paid in asks.items() for pair in zip(paid, found.plans[name].parts, strict=True)]
     charges += [(cost, found.tests[name]) for name, cost in tests.items()]
     known = purses.purses(path, settings.privacy.budget, accounts.window(settings), charges)
@@ -240,4 +243,4 @@ def whose(found: Answer, purse: Purse) -> str:
 def local_steps(found: Answer, name: str) -> int:
     """Steps of one round of a client."""
     private = found.settings.privacy.by_example
-    return select.local_steps(found.settings.local, found.roster[name].examples, private)
+    return steps.local_steps(found.settings.local, found.roster[name].examples, private)

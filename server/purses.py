@@ -13,7 +13,7 @@ from pathlib import Path
 from privacy import accounting
 from privacy.ledger import Account, Ledger, Standing, Window
 from privacy.plan import History, Plan
-from server.accounts import Cost
+from server.costs import Cost
 
 Charge = tuple[Cost, Plan]
 """What a round (an evaluation) costs an account, and the promise that is kept to it."""

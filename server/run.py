@@ -19,7 +19,20 @@ from scenarios import Scenario, build_model
 from scenarios.numbered import named
 from scenarios.settings import Settings
 from scenarios.weights import Vector, flatten, layout, unflatten
-from server import accounts, budget, capacity, combine, engine, evaluation, key_home, pairs, select, signature, step
+from server import (
+    accounts,
+    budget,
+    capacity,
+    combine,
+    engine,
+    evaluation,
+    key_home,
+    ledger_place,
+    pairs,
+    select,
+    signature,
+    step,
+)
 from server import start as start_of_run
 from server.accounts import Accounts, Exhausted
 from server.gather import Gather, clear, grid
@@ -127,7 +140,7 @@ def prepare(
         start_of_run.same_settings(start, settings)
     try:
         check(scenario, settings, runtime)
-        accounts.lend_key(folder, settings)
+        ledger_place.lend_key(folder, settings)
         node = Node(scenario, settings, scenario.data(settings), folder.states)
         placement.try_out(scenario, settings, node.federation.validation)
         fleet = fleet_of(node)

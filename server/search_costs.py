@@ -19,7 +19,7 @@ from privacy.plan import History, Plan
 from privacy.refused import Refused
 from privacy.search import Repetitions
 from scenarios.settings import Settings, override
-from server import accounts
+from server.costs import round_costs, test_costs
 from server.planner import Answer
 
 _Kind = tuple[str, str]
@@ -116,8 +116,8 @@ def candidates(settings: Settings, text: str) -> list[Settings]:
 
 def _accounts(one: Answer) -> dict[Account, Plan]:
     """Every account that a run of this plan charges, with what is promised to it."""
-    asks = accounts.costs(one.scenario, one.settings, one.roster, one.plans)
-    tests = accounts.test_costs(one.scenario, one.tests)
+    asks = round_costs(one.scenario, one.settings, one.roster, one.plans)
+    tests = test_costs(one.scenario, one.tests)
     made = {cost.account: part for name in asks for cost, part in zip(asks[name], one.plans[name].parts, strict=True)}
     return made | {cost.account: one.tests[name] for name, cost in tests.items()}
 

@@ -1,6 +1,5 @@
 """Who is asked: the cohort of a round, each client's steps, and who is left out before being asked, and why."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,12 +10,13 @@ from clients import masking
 from clients.device import step_seconds, transfer_seconds
 from clients.roster import ability, examples
 from clients.roster import size as held
+from clients.steps import local_steps
 from clients.task import Device, Hello
 from privacy import cohort_noise, fixed_size, matrix_noise
 from privacy.plan import Plan
 from scenarios.numbered import named
 from scenarios.seeds import derive
-from scenarios.settings import Local, Settings
+from scenarios.settings import Settings
 from server.plans import planned
 from server.spendings import spendings
 from server.state import Spent
@@ -49,23 +49,9 @@ class Cohort:
         self.skipped.append({"name": name, "reason": reason})
 
 
-def local_steps(local: Local, examples: int, private: bool) -> int:
-    """Steps a round. Under DP an epoch is 1/q Poisson samples; else it is every example once."""
-    if local.steps:
-        return local.steps
-    if private:
-        return math.ceil(local.epochs / sampling_rate(local, examples) - 1e-9)
-    return local.epochs * math.ceil(examples / (local.batch or examples))
-
-
 def round_steps(settings: Settings, examples: int) -> int:
     """Steps of its account that a whole round costs a client: local ones, or the one in which the server adds noise."""
     return local_steps(settings.local, examples, True) if settings.privacy.by_example else 1
-
-
-def sampling_rate(local: Local, examples: int) -> float:
-    """q: the chance of an example to be in a step's batch; all of them where the batch is the whole data."""
-    return min(1.0, local.batch / examples) if local.batch else 1.0
 
 
 def cohort_size(clients: int, settings: Settings) -> int:

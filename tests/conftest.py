@@ -13,6 +13,15 @@ os.environ["UMBEL_STATE"] = _STATE  # inherited by every process that a test sta
 atexit.register(shutil.rmtree, _STATE, ignore_errors=True)
 
 
+@pytest.fixture
+def flower_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process of Flower's: messages can be made."""
+    from flwr.supercore.task_identity import TaskIdentity
+
+    for name in ("run_id", "node_id", "task_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1, raising=False)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _own_ledgers() -> Iterator[None]:
     """Which files share a process depends on how many there are: what one spends must not be another's."""

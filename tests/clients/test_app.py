@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load_file
 
 from clients import app as client_app
@@ -43,9 +42,7 @@ SCENARIO = Scenario("for a test", Settings(), {"linear": lambda: nn.Linear(2, 2)
 
 
 @pytest.fixture(autouse=True)
-def _inside_a_flower_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("run_id", "node_id", "task_id"):
-        monkeypatch.setattr(TaskIdentity, f"_{name}", 1, raising=False)
+def _inside_a_flower_process(flower_process: None) -> None:
     client_app._node.cache_clear()
 
 
@@ -143,6 +140,56 @@ def test_a_device_without_the_key_of_its_key_holder_takes_no_part(scenario: str,
     assert told.recipient == encrypting.simulated(tmp_path, ["a"])["a"].hex()
 
 
+@pytest.mark.parametrize(
+    ("pins", "run", "reason"),
+    [
+        ({"protect": "masked"}, "", "lets only masked updates leave, the run has protect=none"),
+        ({"protect": "encrypted"}, "", "lets only encrypted updates leave, the run has protect=none"),
+        ({"protect": "masked encrypted"}, "codec=int16", "masked or encrypted updates leave, the run has protect=none"),
+        ({"protect": "encrypted"}, "protect=masked", "lets only encrypted updates leave, the run has protect=masked"),
+        ({"protect": "masks"}, "protect=masked", "protect=masks of the node config is none of masked, encrypted"),
+        ({"protect": ""}, "protect=masked", "is none of masked, encrypted"),
+        ({"minimum": 10}, "protect=masked protect.minimum=4", "a sum of 4 clients, this node's owner allows 10"),
+        ({"minimum": "ten"}, "protect=masked", "minimum=ten of the node config is no number"),
+        ({"minimum": True}, "", "minimum=True of the node config is no number"),
+        ({"protect": "masked", "minimum": 3}, "protect=masked protect.minimum=4", ""),
+        ({"protect": "masked encrypted"}, "protect=masked", ""),
+    ],
+)
+def test_a_device_takes_part_in_no_run_that_its_owners_pins_forbid(
+    scenario: str, tmp_path: Path, pins: dict[str, Any], run: str, reason: str
+) -> None:
+    (tmp_path / "peers.toml").write_text(masking.introduction(tmp_path / "state", "a"))
+    owner = {
+        "client": "a",
+        "state": str(tmp_path / "state"),
+        "peers": str(tmp_path / "peers.toml"),
+        "keyholder": "ab" * 32,
+    }
+    told = context(scenario, run, **owner, **pins)
+    said = hello(told)
+    assert isinstance(said, Hello) if not reason else reason in str(said)
+    task = a_task("a", scenario)
+    answer = messages.decode_reply(ask("train", messages.encode_task(task), told), task).reason
+    assert reason in answer if reason else "without the protection" in answer
+
+
+@pytest.mark.parametrize("kind", ["train", "protect"])
+def test_a_device_adds_to_no_sum_over_fewer_clients_than_its_owner_pins(
+    scenario: str, tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "peers.toml").write_text(masking.introduction(tmp_path / "state", "a"))
+    owner = {"client": "a", "state": str(tmp_path / "state"), "peers": str(tmp_path / "peers.toml")}
+    for least, refused in ((10, True), (9, False)):
+        told = context(scenario, "protect=masked", minimum=least, **owner)
+        assert isinstance(hello(told), Hello)
+        task = replace(a_task("a", scenario), kind=kind, protection=Protection("run", 8, 9, b"a request"))
+        said = messages.decode_reply(
+            ask(kind if kind == "train" else "query.protect", messages.encode_task(task), told), task
+        )
+        assert ("of 9 clients, this node's owner allows 10 at the fewest" in said.reason) is refused
+
+
 @pytest.mark.parametrize(("number", "name"), [(0, "a"), (1, "b")])
 def test_a_simulated_node_is_the_client_of_its_number(number: int, name: str, scenario: str, tmp_path: Path) -> None:
     said = hello(context(scenario, f"run.out={tmp_path}/run", partition_id=number, num_partitions=3))
@@ -200,7 +247,7 @@ def test_a_device_trains_as_the_embedded_runtime_does(scenario: str, tmp_path: P
 def test_a_device_charges_its_own_ledger_under_its_owners_budget_and_a_simulated_node_keeps_none(
     scenario: str, tmp_path: Path
 ) -> None:
-    private, state = "privacy.unit=example local.batch=0", tmp_path / "state"
+    private, state = "privacy.unit=example local.batch=0 local.steps=20", tmp_path / "state"
     owner = {"client": "a", "state": str(state), "budget": 2}
     told = context(scenario, private, **owner)
     said = hello(told)

@@ -304,7 +304,7 @@ def test_a_loss_that_weighs_examples_against_each_other_is_not_taken_apart(tmp_p
 def test_under_example_level_dp_a_block_draws_the_same_samples_and_noise_and_clips_alike(
     tmp_path: Path, model: str, pulls: str
 ) -> None:
-    text = f"local.batch=8 privacy.unit=example privacy.clip=0.5 privacy.noise_seed=3 {pulls}"
+    text = f"local.batch=8 local.steps=6 privacy.unit=example privacy.clip=0.5 privacy.noise_seed=3 {pulls}"
     node = made_node(tmp_path, model, text)
     tasks = [
         replace(

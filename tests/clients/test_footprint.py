@@ -36,20 +36,52 @@ def test_a_worker_shares_its_parents_objects_after_a_collection_too() -> None:
     assert gc.get_freeze_count() == 0
 
 
-def test_a_block_loads_no_more_than_torch_had_loaded() -> None:
-    code = """
+LOADS = """
 import sys, torch
-from clients import gram, stack
-from clients.fused import Pulls
-model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
-chain, start = stack.read(model), torch.randn(5 * 7 + 7 + 7 * 3 + 3)
+from pathlib import Path
+from torch import nn
+from clients import cohort
+from clients.task import Task
+from clients.training import Node
+from privacy.plan import Mechanism
+from scenarios import Examples, Federation, Scenario
+from scenarios.settings import Settings, override
+from scenarios.weights import flatten, layout
+
+text, size, folder = sys.argv[1:]
+data = Examples(torch.randn(40, 1, 6, 6), torch.arange(40) % 3)
+first = [nn.Flatten(), nn.Linear(36, 16)] if size == "stack" else [nn.Conv2d(1, 1, 3), nn.ReLU(), nn.Flatten()]
+net = lambda: nn.Sequential(*first, nn.Tanh(), nn.Linear(16, 3))
+federation = Federation({"a": 40}, lambda name: data, data)
+settings = override(Settings(), f"local.engine=cohort {text}")
+node = Node(Scenario("made", settings, {"net": net}, lambda _: federation), settings, federation, Path(folder))
+model = net()
+mechanism = Mechanism(0.5, 1.0) if "example" in text else None
+steps, clip = settings.local.steps, settings.privacy.clip
+task = Task("train", 1, "a", flatten(model), layout(model), 0.1, steps, mechanism=mechanism, clip=clip)
+work = cohort.forked(node)
 before = set(sys.modules)
-batches = gram.Batches(torch.randn(2, 8, 5), torch.zeros(2, 8, dtype=torch.int64), None, (2, 2), 4)
-gram.train(chain, start, batches, torch.nn.functional.cross_entropy, Pulls.of(0.1, 0.0, 0.0))
-print(sorted({name.split(".")[0] for name in set(sys.modules) - before}))
+(reply,) = work([task])
+print(reply.way.name, "sympy" in before, "sympy" in sys.modules, reply.reason)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=HOUSE, check=True, capture_output=True, text=True)
-    assert "sympy" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "said"),
+    [
+        ("local.steps=1", "stack", "gram False False "),
+        ("local.batch=16 local.steps=40", "stack", "fused False False "),
+        ("local.steps=3", "images", "fused False False "),
+        ("local.steps=3 privacy.unit=example", "stack", "rows True True "),
+        ("local.steps=3 privacy.unit=example", "images", "single True True "),
+    ],
+)
+def test_sympy_is_loaded_where_opacus_is_used_and_then_before_processes_are_forked(
+    text: str, model: str, said: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", LOADS, text, model, str(tmp_path)]
+    done = subprocess.run(command, cwd=HOUSE, check=True, capture_output=True, text=True)
+    assert done.stdout == f"{said}\n"
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (5, 3), (40, 1, 6, 6)])

@@ -31,7 +31,7 @@ SERVER = Head(7, "5e" * 32)
 def made_node(folder: Path, text: str = "") -> Node:
     data = Examples(torch.randn(40, 6, generator=torch.Generator().manual_seed(1)), torch.arange(40) % 3)
     federation = Federation({"a": 40}, lambda name: data, data)
-    settings = override(Settings(), f"privacy.unit=example local.batch=0 {text}")
+    settings = override(Settings(), f"privacy.unit=example local.batch=0 local.steps=4 {text}")
     scenario = Scenario("made", settings, {"net": lambda: nn.Linear(6, 3)}, lambda _: federation, dataset="wards")
     return Node(scenario, settings, federation, folder / "states")
 

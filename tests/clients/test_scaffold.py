@@ -33,7 +33,7 @@ def made_examples(seed: int = 0) -> Examples:
 def made_node(folder: Path, text: str = "") -> Node:
     federation = Federation({"a": 40}, lambda name: made_examples(), made_examples(1), made_examples(2))
     scenario = Scenario("made", Settings(), {"net": lambda: nn.Linear(6, 3)}, lambda settings: federation, name="made")
-    return Node(scenario, override(Settings(), f"local.scaffold=true {text}"), federation, folder)
+    return Node(scenario, override(Settings(), f"local.scaffold=true local.steps=10000000 {text}"), federation, folder)
 
 
 def made_task(node: Node, **changes: object) -> Task:

@@ -18,6 +18,8 @@ from scenarios import Examples, Federation, Scenario, build_model
 from scenarios.settings import Local, Settings, override
 from scenarios.weights import Vector, flatten, layout, load
 
+MOST = 10_000_000
+"""Steps that a node here may be asked for."""
 LOSS = nn.functional.cross_entropy
 
 
@@ -35,7 +37,7 @@ def made_node(folder: Path, settings: Settings | None = None, size: int = 40) ->
         lambda name: made_examples(9, 3),
     )
     scenario = Scenario("made", Settings(), {"net": lambda: nn.Linear(6, 3)}, lambda settings: federation, name="made")
-    return Node(scenario, settings or Settings(), federation, folder)
+    return Node(scenario, override(settings or Settings(), f"local.steps={MOST}"), federation, folder)
 
 
 def made_task(node: Node, **changes: object) -> Task:
@@ -142,8 +144,8 @@ def test_clients_with_fewer_examples_than_a_batch_train_under_dp(tmp_path: Path,
 
 def test_a_deadline_that_comes_first_ends_training_early(tmp_path: Path) -> None:
     node = made_node(tmp_path)
-    reply = answer(node, made_task(node, steps=10_000_000, deadline=0.2))
-    assert 1 <= reply.steps < 10_000_000
+    reply = answer(node, made_task(node, steps=MOST, deadline=0.2))
+    assert 1 <= reply.steps < MOST
 
 
 def test_a_deadline_before_the_first_step_makes_the_client_late(tmp_path: Path) -> None:

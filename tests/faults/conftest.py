@@ -16,8 +16,6 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
 from flwr.proto.recorddict_pb2 import RecordDict as Proto
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
 from clients import app as client_app
 from clients import encrypting, masking, messages
@@ -85,7 +83,7 @@ def parsed(data: bytes) -> RecordDict:
     return recorddict_from_proto(Proto.FromString(data))
 
 
-class Wire(Grid):
+class Wire:
     """The nodes of a fleet, all in this process; what was asked and answered honestly is answered from memory."""
 
     def __init__(self, contexts: Mapping[int, tuple[str, Context]]) -> None:
@@ -95,19 +93,6 @@ class Wire(Grid):
         self.unreadable = 0
         self._sent: dict[str, tuple[Message, bytes | None]] = {}
         self._number = 0
-
-    def set_run(self, run: object) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> object:  # type: ignore[override]
-        raise NotImplementedError
-
-    def create_message(self, *args: object, **kwargs: object) -> Message:
-        raise NotImplementedError
-
-    def send_and_receive(self, *args: object, **kwargs: object) -> Iterable[Message]:
-        raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.contexts)
@@ -216,10 +201,8 @@ Houses = Callable[..., House]
 
 
 @pytest.fixture
-def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Houses:
+def house(flower_process: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Houses:
     """house(settings, clients=24) -> House."""
-    for name in ("run_id", "node_id", "task_id"):
-        monkeypatch.setattr(TaskIdentity, f"_{name}", 1, raising=False)
     monkeypatch.setattr(os, "fsync", lambda _: None)  # what a crash would leave is the matter of other tests
     monkeypatch.setattr(client_app, "_node", lru_cache(64)(client_app._node.__wrapped__))  # each a process of its own
 

@@ -218,7 +218,7 @@ def test_a_reply_to_training_carries_no_metric_and_its_counts_are_named_as_not_c
     settings = override(made().settings, "privacy.unit=none")
     node = Node(made(), settings, made().data(settings), tmp_path)
     begin = first_state(node.template, settings)
-    reply = answer(node, Task("train", 1, NAMES[0], begin.weights, begin.layout, rate=0.5, steps=3))
+    reply = answer(node, Task("train", 1, NAMES[0], begin.weights, begin.layout, rate=0.5, steps=1))
     told = {name for name, value in vars(reply).items() if value != vars(Reply(1, NAMES[0]))[name]}
     assert told == {"payload", "examples", "steps"}  # the update, and two counts
     for unit in ("example", "client", "both"):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from clients.sgd import train
+from clients.steps import local_steps, sampling_rate
 from clients.task import Task
 from clients.training import Node, answer
 from privacy import accounting, cohort_noise, dp_sgd, fourier
@@ -35,7 +36,6 @@ from scenarios import Examples, Federation, Scenario, build_model
 from scenarios.seeds import derive
 from scenarios.settings import Local, Settings, override
 from scenarios.weights import flatten, layout
-from server.select import local_steps, sampling_rate
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [

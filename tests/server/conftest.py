@@ -3,9 +3,10 @@
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 from scenarios import Examples, Federation, Scenario, load
 from scenarios.settings import Settings, knobs, override
+from server import cli
 from server import run as job
 from server.embedded import EmbeddedFleet
 from server.launch import Quiet
@@ -76,6 +78,28 @@ def _run_real(path: Path, text: str, stop_after: int = 99, lose: int = 0) -> dic
             prepared.accounts.reserve(lose, {name: costs[0].steps for name, costs in prepared.accounts.asks.items()})
             prepared = job.prepare(scenario, settings, folder, EmbeddedFleet, Quiet(), stop)
         return job.run(prepared)
+
+
+class Said(NamedTuple):
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def umbel(capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """umbel(*words) -> what `umbel WORDS` comes to, in this process."""
+
+    def said(*words: str) -> Said:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["umbel", *words])
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+        return Said(int(ended.value.code or 0), *capsys.readouterr())
+
+    return said
 
 
 @pytest.fixture(scope="session")

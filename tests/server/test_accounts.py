@@ -19,7 +19,9 @@ from scenarios import Examples, Federation, Scenario
 from scenarios.settings import Settings, override
 from server import accounts
 from server import run as job
+from server.costs import Cost
 from server.embedded import EmbeddedFleet
+from server.ledger_place import ledger_path
 from server.record import RunFolder
 
 BASE = (
@@ -83,9 +85,9 @@ def test_the_total_of_a_client_is_that_of_all_runs_composed(tmp_path: Path) -> N
 def test_scenarios_that_declare_the_same_data_on_real_devices_share_its_account(state: Path) -> None:
     settings = Settings()
     one, other = made_scenario("one", "wards"), made_scenario("other", "wards")
-    assert accounts.ledger_path(one, settings, "deployment") == accounts.ledger_path(other, settings, "deployment")
-    assert accounts.ledger_path(one, settings, "simulation") == state / "simulations" / "wards-one.ledger"
-    assert accounts.ledger_path(one, settings, "embedded") == accounts.ledger_path(one, settings, "simulation")
+    assert ledger_path(one, settings, "deployment") == ledger_path(other, settings, "deployment")
+    assert ledger_path(one, settings, "simulation") == state / "simulations" / "wards-one.ledger"
+    assert ledger_path(one, settings, "embedded") == ledger_path(one, settings, "simulation")
 
 
 def test_a_client_over_its_budget_is_left_out_by_name_and_the_others_go_on(tmp_path: Path) -> None:
@@ -135,7 +137,7 @@ def test_what_was_reserved_for_a_round_that_does_not_take_place_is_not_spent(tmp
     names = {name: Account("example", name, "made") for name in "ab"}
     before = dict(ledger.accounts[names["b"]].history)
     steps = {"a": step, "b": Mechanism(1.0, 50.0)}
-    fleet = {name: (accounts.Cost(names[name], steps[name], 1),) for name in "ab"}
+    fleet = {name: (Cost(names[name], steps[name], 1),) for name in "ab"}
     with RunFolder.open(tmp_path / "one") as folder:
         charged = accounts.Accounts(folder, 2, ledger, "two", fleet)
         with pytest.raises(accounts.Exhausted, match="a: epsilon"):

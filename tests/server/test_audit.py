@@ -1,6 +1,7 @@
 """umbel audit as a command: what it prints, refuses and leaves behind; and the two attacks on real data."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import nn
 from privacy import cohort_noise, ghost
 from scenarios import Scenario, load
 from scenarios.settings import override
-from server import audit, cli, membership, probes
+from server import audit, membership, probes
 from server.record import RunFolder
 
 SCENARIO = '''"""Digits, few of them, quick to train."""
@@ -51,27 +52,18 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def umbel(*words: str) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["umbel", *words])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-    return int(end.value.code or 0)
-
-
-def audited(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> dict[str, Any]:
-    assert umbel("audit", *words, "--json") == code
-    return dict(json.loads(capsys.readouterr().out))
+def audited(umbel: Callable[..., Any], *words: str, code: int = 0) -> dict[str, Any]:
+    said = umbel("audit", *words, "--json")
+    assert said.code == code
+    return dict(json.loads(said.out))
 
 
 # what it says
 
 
 @pytest.mark.parametrize("unit", ["client", "example"])
-def test_a_scenario_under_dp_passes_with_every_stable_key(
-    unit: str, house: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = audited(capsys, "quick.py", "--set", f"privacy.unit={unit}", "--canaries", "2000", "--out", "kept.json")
+def test_a_scenario_under_dp_passes_with_every_stable_key(unit: str, house: Path, umbel: Callable[..., Any]) -> None:
+    found = audited(umbel, "quick.py", "--set", f"privacy.unit={unit}", "--canaries", "2000", "--out", "kept.json")
     assert found.keys() >= STABLE
     assert json.loads(Path("kept.json").read_text()) == found
     assert found["verdict"] == "pass"
@@ -83,68 +75,65 @@ def test_a_scenario_under_dp_passes_with_every_stable_key(
     assert "--attacks" in found["membership_reason"]
 
 
-def test_sampling_is_told_and_never_held_to_the_estimate_alone(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampling_is_told_and_never_held_to_the_estimate_alone(house: Path, umbel: Callable[..., Any]) -> None:
     change = "privacy.unit=client rounds.fraction=0.5 rounds.minimum=0 server.step=momentum"
-    found = audited(capsys, "quick.py", "--set", change, "--canaries", "2000")
+    found = audited(umbel, "quick.py", "--set", change, "--canaries", "2000")
     assert found["verdict"] == "pass"
     assert found["sampling_rate"] == 0.5
     assert "optimistic" in found["reason"]
     assert found["estimate"] < found["claimed_epsilon"]
 
 
-def test_without_dp_there_is_no_claim_to_fail(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = audited(capsys, "quick.py", "--set", "privacy.unit=none", "--canaries", "200")
+def test_without_dp_there_is_no_claim_to_fail(house: Path, umbel: Callable[..., Any]) -> None:
+    found = audited(umbel, "quick.py", "--set", "privacy.unit=none", "--canaries", "200")
     assert (found["claimed_epsilon"], found["estimate"], found["verdict"]) == (None, None, "none")
     assert "tell all" in found["reason"]
 
 
 def test_a_broken_mechanism_fails_with_exit_code_1(
-    house: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    house: Path, umbel: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cohort_noise.CohortNoise, "update_multiplier", 0.0)
-    found = audited(capsys, "quick.py", "--set", "privacy.unit=client", "--canaries", "500", code=1)
+    found = audited(umbel, "quick.py", "--set", "privacy.unit=client", "--canaries", "500", code=1)
     assert found["verdict"] == "fail"
     assert found["estimate"] is None
     assert "without noise" in found["reason"]
 
 
-def test_people_get_a_table_and_scripts_a_word(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert umbel("audit", "quick.py", "--canaries", "500") == 0
-    said = capsys.readouterr()
+def test_people_get_a_table_and_scripts_a_word(house: Path, umbel: Callable[..., Any]) -> None:
+    said = umbel("audit", "quick.py", "--canaries", "500")
+    assert said.code == 0
     for words in ("Claimed", "Estimate", "Lower bound", "overlap", "pass:", "not that there is nothing"):
         assert words in said.out
     assert "canaries" in said.err
-    assert umbel("audit", "quick.py", "--canaries", "500", "--quiet") == 0
-    said = capsys.readouterr()
+    said = umbel("audit", "quick.py", "--canaries", "500", "--quiet")
+    assert said.code == 0
     assert (said.out, said.err) == ("pass\n", "")
 
 
-def test_equal_seeds_and_seeded_noise_give_equal_audits(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_seeds_and_seeded_noise_give_equal_audits(house: Path, umbel: Callable[..., Any]) -> None:
     words = ("quick.py", "--set", "privacy.unit=client privacy.noise_seed=3", "--canaries", "500", "--seed")
-    first, again, other = (audited(capsys, *words, seed) for seed in ("4", "4", "5"))
+    first, again, other = (audited(umbel, *words, seed) for seed in ("4", "4", "5"))
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
     assert first["estimate"] != other["estimate"]
-    real = [audited(capsys, "quick.py", "--canaries", "500", "--set", "privacy.unit=client") for _ in range(2)]
+    real = [audited(umbel, "quick.py", "--canaries", "500", "--set", "privacy.unit=client") for _ in range(2)]
     assert real[0]["estimate"] != real[1]["estimate"]
 
 
 # what it spends and leaves behind
 
 
-def test_no_ledger_is_opened_and_nothing_is_spent(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    audited(capsys, "quick.py", "--set", "privacy.budget=8", "--canaries", "200", "--attacks", "canaries,inversion")
+def test_no_ledger_is_opened_and_nothing_is_spent(house: Path, umbel: Callable[..., Any]) -> None:
+    audited(umbel, "quick.py", "--set", "privacy.budget=8", "--canaries", "200", "--attacks", "canaries,inversion")
     assert not (house / "state").exists()
     assert sorted(path.name for path in house.iterdir()) == ["quick.py"]
 
 
-def test_a_run_s_own_plans_are_audited_and_the_result_joins_its_folder(
-    house: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert umbel("run", "quick.py", "--set", "privacy.unit=client rounds.number=2", "--out", "run", "--quiet") == 0
+def test_a_run_s_own_plans_are_audited_and_the_result_joins_its_folder(house: Path, umbel: Callable[..., Any]) -> None:
+    assert umbel("run", "quick.py", "--set", "privacy.unit=client rounds.number=2", "--out", "run", "--quiet").code == 0
     spent = {path: path.read_bytes() for path in (house / "state").rglob("*") if path.is_file()}
     drawn = Path("run/report.html").stat().st_ino
-    capsys.readouterr()
-    found = audited(capsys, "run", "--canaries", "500", "--seed", "9")
+    found = audited(umbel, "run", "--canaries", "500", "--seed", "9")
     assert json.loads(Path("run/audit.json").read_text()) == found
     plan = json.loads(Path("run/start.json").read_text())["plans"]["client-0"]
     assert found["noise_multiplier"] == plan["mechanism"]["noise_multiplier"]
@@ -157,18 +146,18 @@ def test_a_run_s_own_plans_are_audited_and_the_result_joins_its_folder(
 
 
 def test_an_audit_that_is_cut_off_leaves_the_old_result(
-    house: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    house: Path, umbel: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = override(load("quick.py").settings, "privacy.unit=client")
     RunFolder.create(Path("run"), "quick.py", settings).close()
-    audited(capsys, "run", "--canaries", "200")
+    audited(umbel, "run", "--canaries", "200")
     before = Path("run/audit.json").read_bytes()
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setitem(probes.PROBES, "client", {"client": interrupted})
-    assert umbel("audit", "run", "--canaries", "200", "--quiet") == 3
+    assert umbel("audit", "run", "--canaries", "200", "--quiet").code == 3
     assert Path("run/audit.json").read_bytes() == before
 
 
@@ -188,12 +177,12 @@ def test_an_audit_that_is_cut_off_leaves_the_old_result(
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    words: list[str], says: str, house: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], says: str, house: Path, umbel: Callable[..., Any]
 ) -> None:
     (house / "empty").mkdir()
     RunFolder.create(Path("run"), "quick.py", load("quick.py").settings).close()
-    assert umbel("audit", *words) == 2
-    said = capsys.readouterr()
+    said = umbel("audit", *words)
+    assert said.code == 2
     assert said.out == ""
     assert len(said.err.splitlines()) == 1
     assert says in said.err
@@ -238,10 +227,10 @@ def test_where_nothing_leaks_the_ratio_guesses_and_where_all_leaks_it_knows() ->
         assert low <= auc <= high
 
 
-def test_membership_is_found_without_privacy_and_less_with_it(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_membership_is_found_without_privacy_and_less_with_it(house: Path, umbel: Callable[..., Any]) -> None:
     change = "privacy.unit=client privacy.epsilon=1 rounds.number=3 fleet.clients=10 partition=dirichlet:0.1"
     words = ("quick.py", "--set", change, "--canaries", "200", "--attacks", "membership", "--shadows", "10")
-    found = audited(capsys, *words)
+    found = audited(umbel, *words)
     attack = found["membership"]
     assert (attack["shadows"], attack["targets"], attack["unit"]) == (10, 10, "client")
     assert attack["without_privacy"]["auc"] > 0.7 > attack["auc"] - 0.1
@@ -254,12 +243,12 @@ def test_membership_is_found_without_privacy_and_less_with_it(house: Path, capsy
 
 
 def test_an_example_is_rebuilt_without_privacy_and_not_with_noise(
-    house: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    house: Path, umbel: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(audit, "_REBUILT", 3)
     for unit in ("example", "client"):
-        assert umbel("audit", "quick.py", "--set", f"privacy.unit={unit}", "--attacks", "inversion", "--json") == 0
-        said = capsys.readouterr()
+        said = umbel("audit", "quick.py", "--set", f"privacy.unit={unit}", "--attacks", "inversion", "--json")
+        assert said.code == 0
         assert "itself a release" in said.err
         attack = json.loads(said.out)["inversion"]
         assert attack["without_privacy"]["analytic_mse"] < 1e-8
@@ -269,22 +258,21 @@ def test_an_example_is_rebuilt_without_privacy_and_not_with_noise(
         assert "no evidence of privacy" in attack["note"]
 
 
-def test_what_a_model_does_not_allow_is_null_with_the_reason(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = audited(capsys, "quick.py", "--set", "model=rectified", "--attacks", "inversion")
+def test_what_a_model_does_not_allow_is_null_with_the_reason(house: Path, umbel: Callable[..., Any]) -> None:
+    found = audited(umbel, "quick.py", "--set", "model=rectified", "--attacks", "inversion")
     assert found["inversion"] is None
     assert "ReLU" in found["inversion_reason"]
 
 
-def test_data_that_are_elsewhere_leave_the_canaries_alone(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert umbel("run", "quick.py", "--set", "rounds.number=1 fleet.clients=2", "--out", "run", "--quiet") == 0
+def test_data_that_are_elsewhere_leave_the_canaries_alone(house: Path, umbel: Callable[..., Any]) -> None:
+    assert umbel("run", "quick.py", "--set", "rounds.number=1 fleet.clients=2", "--out", "run", "--quiet").code == 0
     gone = SCENARIO + (
         "\nfrom privacy.refused import Refused\n"
         "def gone(settings):\n    raise Refused('the data are elsewhere')\n"
         "SCENARIO = replace(SCENARIO, data=gone)\n"
     )
     (house / "quick.py").write_text(gone)
-    capsys.readouterr()
-    found = audited(capsys, "run", "--canaries", "1000", "--attacks", "canaries,membership,inversion")
+    found = audited(umbel, "run", "--canaries", "1000", "--attacks", "canaries,membership,inversion")
     assert found["verdict"] == "pass"
     assert "model" in found["real"].partition("left out")[2]
     assert found["membership_reason"] == found["inversion_reason"] == "the training data are not on this machine"

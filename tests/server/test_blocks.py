@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
 from clients import app as client_app
 from clients.training import Node
@@ -19,9 +17,9 @@ from scenarios import load
 from scenarios.settings import override
 from server import budget
 from server.blocks import BlockFleet
+from server.canaries import Unrecorded
 from server.embedded import EmbeddedFleet
 from server.masked import Masked
-from server.references import NoJournal
 from server.rounds import Fleet, rounds
 from server.score import NOTHING, scorer
 from server.state import Row, ServerState, first_state
@@ -75,9 +73,7 @@ Bend = Callable[[RecordDict], RecordDict]
 
 
 @pytest.fixture(autouse=True)
-def _inside_a_flower_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("run_id", "node_id", "task_id"):
-        monkeypatch.setattr(TaskIdentity, f"_{name}", 1, raising=False)
+def _inside_a_flower_process(flower_process: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("UMBEL_TEST_PROCESS", str(os.getpid()))
     monkeypatch.setattr(client_app, "_HELD", 0.0)
     yield
@@ -92,8 +88,8 @@ class Worker:
     alive: bool = True
 
 
-class Simulated(Grid):
-    """Flower's simulation: the last that came back to its pool works next, though it be dead, and fails at once."""
+class Simulated:
+    """Of Flower's simulation what a fleet uses: who came back to its pool last works next; the dead fail at once."""
 
     def __init__(self, contexts: Mapping[int, Context], workers: int = 2) -> None:
         self.contexts, self.pool = contexts, [Worker() for _ in range(workers)]
@@ -103,19 +99,6 @@ class Simulated(Grid):
         self.sent = list[Message]()
         self._queue, self._busy = list[Message](), list[tuple[Worker, Message]]()
         self._answers = dict[str, Message]()
-
-    def set_run(self, run: object) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> object:  # type: ignore[override]
-        raise NotImplementedError
-
-    def create_message(self, *args: object, **kwargs: object) -> Message:
-        raise NotImplementedError
-
-    def send_and_receive(self, *args: object, **kwargs: object) -> Iterable[Message]:
-        raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.contexts)
@@ -142,17 +125,6 @@ class Simulated(Grid):
             self.pool.append(worker)
         self._busy.clear()
         return [self._answers.pop(number) for number in message_ids if number in self._answers]
-
-
-class Kept(NoJournal):
-    def __init__(self) -> None:
-        self.rows = list[Row]()
-
-    def reserve(self, number: int, steps: Mapping[str, int]) -> dict[str, str]:
-        return {}
-
-    def commit(self, state: ServerState, row: Row, taken: object) -> None:
-        self.rows.append({name: value for name, value in row.items() if not name.startswith("seconds")})
 
 
 @dataclass
@@ -183,13 +155,14 @@ class House:
 
 
 def federate(node: Node, fleet: Fleet, state: ServerState | None = None) -> tuple[ServerState, list[Row]]:
-    kept, roster = Kept(), fleet.hello()
+    roster = fleet.hello()
     plans = budget.plans(roster, node.settings)
     gathered = {"gathered": Masked("run", 1, 3)} if node.settings.protect.mode == "masked" else {}
     state = state or first_state(node.template, node.settings)
     score = scorer(node, fleet, list(roster)) if node.settings.protect.mode == "none" else lambda _: NOTHING
-    *_, (last, _) = rounds(fleet, roster, plans, state, node.settings, kept, score, **gathered)  # type: ignore[arg-type]
-    return last, kept.rows
+    steps = list(rounds(fleet, roster, plans, state, node.settings, Unrecorded(), score, **gathered))  # type: ignore[arg-type]
+    rows = [{name: value for name, value in row.items() if not name.startswith("seconds")} for _, row in steps]
+    return steps[-1][0], rows
 
 
 @pytest.fixture
@@ -261,12 +234,17 @@ def test_a_process_that_dies_at_a_block_is_named_and_the_block_trained_again(hou
     assert line.startswith("worker 1 died in its block, which is trained again (on ")
 
 
-def test_a_block_that_kills_every_process_costs_its_own_clients_alone(house: Callable[..., House]) -> None:
-    here = house("rounds.number=1")
+@pytest.mark.parametrize("way", ["mean", "median", "client", "masked"])
+def test_a_client_that_ends_every_process_is_left_out_alone_with_the_embedded_bits(
+    house: Callable[..., House], way: str
+) -> None:
+    here = house(f"rounds.number=1 {WAYS[way]}")
     (here.folder / "deadly").touch()
-    _, rows, said = here.simulated(here.grid("simulated"))
-    assert rows[0]["rejected"] == [{"name": name, "reason": "its worker died 3 times"} for name in ("04", "05")]
-    assert (len(said), rows[0]["applied"]) == (3, True)
+    found, rows, said = here.simulated(here.grid("simulated"))
+    assert rows[0]["rejected"] == [{"name": "05", "reason": "its worker died 3 times, then with it alone"}]
+    assert (len(said), rows[0]["applied"]) == (4, True)
+    truth, told = here.embedded()
+    assert (found.weights.tobytes(), rows) == (truth.weights.tobytes(), told)
 
 
 @pytest.mark.parametrize("workers", [2, 3])

@@ -3,28 +3,19 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from clients import masking, memory
-from server import cli
 
 BLOCKS = "local.engine=cohort"
 QUICK = (
     "rounds.number=1 rounds.average=1 export.recover_rounds=0 export.prune=0 "
     "reference.central_epochs=0 reference.no_privacy=false"
 )
-
-
-def umbel(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `umbel WORDS`, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["umbel", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
 
 
 WRONG = {
@@ -65,11 +56,11 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_wrong_input_gives_one_line_and_exit_code_2_and_writes_nothing(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    umbel: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     words, named = WRONG[kind]
     monkeypatch.chdir(tmp_path)
-    code, out, err = umbel(capsys, *words)
+    code, out, err = umbel(*words)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert named in err
@@ -77,11 +68,11 @@ def test_a_wrong_input_gives_one_line_and_exit_code_2_and_writes_nothing(
 
 
 def test_more_processes_than_memory_holds_give_one_line_and_exit_code_2(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    umbel: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(memory, "available", lambda: 30 << 20)
-    code, out, err = umbel(capsys, "run", "digits", "--set", f"{BLOCKS} run.processes=9 local.block=2")
+    code, out, err = umbel("run", "digits", "--set", f"{BLOCKS} run.processes=9 local.block=2")
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert "9 processes for blocks of 2 clients take about" in err
@@ -89,60 +80,58 @@ def test_more_processes_than_memory_holds_give_one_line_and_exit_code_2(
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_truncated_run_folder_gives_one_line_and_exit_code_2(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_truncated_run_folder_gives_one_line_and_exit_code_2(umbel: Callable[..., Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert umbel(capsys, "run", "digits", "--quiet", "--out", str(run), "--set", QUICK)[0] == 0
+    assert umbel("run", "digits", "--quiet", "--out", str(run), "--set", QUICK)[0] == 0
     (run / "report.json").unlink()
     whole = (run / "checkpoint.safetensors").read_bytes()
     (run / "checkpoint.safetensors").write_bytes(whole[:100])
-    code, out, err = umbel(capsys, "resume", str(run))
+    code, out, err = umbel("resume", str(run))
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert "damaged" in err
 
 
-def test_quiet_prints_the_run_folder_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_quiet_prints_the_run_folder_alone(umbel: Callable[..., Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    code, out, err = umbel(capsys, "run", "digits", "--quiet", "--seed", "3", "--out", str(run), "--set", QUICK)
+    code, out, err = umbel("run", "digits", "--quiet", "--seed", "3", "--out", str(run), "--set", QUICK)
     assert (code, out, err) == (0, f"{run}\n", "")
     report = json.loads((run / "report.json").read_text())
     assert report["seed"] == 3
     assert report["changed"]["rounds.number"] == 1
-    code, out, err = umbel(capsys, "run", "digits", "--out", str(run))
+    code, out, err = umbel("run", "digits", "--out", str(run))
     assert (code, len(err.splitlines())) == (2, 1)
     assert "not empty" in err
 
 
-def test_results_go_to_stdout_and_progress_to_stderr(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    code, out, err = umbel(capsys, "run", "digits", "--out", str(tmp_path / "run"), "--set", QUICK)
+def test_results_go_to_stdout_and_progress_to_stderr(umbel: Callable[..., Any], tmp_path: Path) -> None:
+    code, out, err = umbel("run", "digits", "--out", str(tmp_path / "run"), "--set", QUICK)
     assert code == 0
     assert "round 1" in err
     assert "round 1" not in out
     assert "report.html" in out
 
 
-def test_settings_lists_every_one_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = umbel(capsys, "settings", "digits", "--set", "rounds.number=5")
+def test_settings_lists_every_one_with_its_default(umbel: Callable[..., Any]) -> None:
+    code, out, _ = umbel("settings", "digits", "--set", "rounds.number=5")
     assert code == 0
     line = next(line for line in out.splitlines() if line.startswith("rounds.number"))
     assert line.split()[1:3] == ["5", "50"]
     assert "federated rounds" in line
 
 
-def test_scenarios_has_a_line_for_each(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = umbel(capsys, "scenarios")
+def test_scenarios_has_a_line_for_each(umbel: Callable[..., Any]) -> None:
+    code, out, _ = umbel("scenarios")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines() if line[:1].strip()] == ["digits", "heart", "mnist"]
 
 
-def test_export_changes_export_settings_alone(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_export_changes_export_settings_alone(umbel: Callable[..., Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    umbel(capsys, "run", "digits", "--quiet", "--out", str(run), "--set", QUICK)
-    code, _, err = umbel(capsys, "export", str(run), "--set", "privacy.epsilon=9")
+    umbel("run", "digits", "--quiet", "--out", str(run), "--set", QUICK)
+    code, _, err = umbel("export", str(run), "--set", "privacy.epsilon=9")
     assert (code, len(err.splitlines())) == (2, 1)
-    code, out, _ = umbel(capsys, "export", str(run), "--quiet", "--set", "export.prune=0.5")
+    code, out, _ = umbel("export", str(run), "--quiet", "--set", "export.prune=0.5")
     assert (code, out) == (0, f"{run}\n")
     variants = json.loads((run / "report.json").read_text())["edge"]["variants"]
     assert {variant["name"] for variant in variants if variant["file"]} >= {"pruned-fp32", "unpruned-fp32"}
@@ -156,10 +145,10 @@ def test_the_installed_command_is_this_one() -> None:
 
 
 def test_a_node_prints_the_line_that_others_know_it_by_and_always_the_same(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    umbel: Callable[..., Any], tmp_path: Path
 ) -> None:
     words = ["key", "node", str(tmp_path / "state"), "hospital-1"]
-    (code, out, err), again = umbel(capsys, *words), umbel(capsys, *words)
+    (code, out, err), again = umbel(*words), umbel(*words)
     assert (code, err, again) == (0, "", (0, out, ""))
     (tmp_path / "peers.toml").write_text(out)
     peers = masking.read_peers(tmp_path / "peers.toml")

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -24,13 +24,14 @@ from scenarios import Examples, Federation, Scenario
 from scenarios.settings import Settings, override
 from scenarios.weights import Vector
 from server import budget, combine, engine, pairs
+from server.canaries import Unrecorded
 from server.embedded import EmbeddedFleet
-from server.references import NoJournal
 from server.rounds import rounds
 from server.state import Row, Score, ServerState, first_state
 
 SIZES = {f"{i:02}": 10 + 3 * i for i in range(9)}
 BASE = "rounds.number=4 local.batch=8 local.rate=0.2 run.processes=1"
+TEST = os.getpid()
 
 
 def examples(name: str) -> Examples:
@@ -44,17 +45,6 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 60), nn.ReLU(), nn.Linear(60, 2))
 
 
-class Kept(NoJournal):
-    def __init__(self) -> None:
-        self.rows = list[Row]()
-
-    def reserve(self, number: int, steps: Mapping[str, int]) -> dict[str, str]:
-        return {}
-
-    def commit(self, state: ServerState, row: Row, taken: object) -> None:
-        self.rows.append(row)
-
-
 def made_node(folder: Path, text: str, data: Callable[[str], Examples] = examples) -> Node:
     settings = override(Settings(), f"{BASE} {text}")
     federation = Federation(SIZES, data, examples("validation"), examples("test"))
@@ -66,11 +56,12 @@ def federate(
     folder: Path, text: str, state: ServerState | None = None, data: Callable[[str], Examples] = examples
 ) -> tuple[ServerState, list[Row]]:
     node = made_node(folder, text, data)
-    fleet, kept = EmbeddedFleet(node), Kept()
+    fleet = EmbeddedFleet(node)
     plans = budget.plans(fleet.hello(), node.settings)
     state = state or first_state(node.template, node.settings)
-    *_, (last, _) = rounds(fleet, fleet.hello(), plans, state, node.settings, kept, lambda _: Score(1.0, 0.5))
-    return last, kept.rows
+    score = Score(1.0, 0.5)
+    steps = list(rounds(fleet, fleet.hello(), plans, state, node.settings, Unrecorded(), lambda _: score))
+    return steps[-1][0], [row for _, row in steps]
 
 
 def close(one: Vector, other: Vector, most: float = 1e-5) -> bool:
@@ -164,11 +155,11 @@ def test_a_worker_that_dies_is_named_and_its_block_trained_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def data(name: str) -> Examples:
-        if name == "05" and os.getpid() != parent and once(tmp_path / "died"):
+        if name == "05" and os.getpid() != TEST and once(tmp_path / "died"):
             os.kill(os.getpid(), signal.SIGKILL)
         return examples(name)
 
-    parent, text = os.getpid(), "local.engine=cohort local.block=2 run.processes=2"
+    text = "local.engine=cohort local.block=2 run.processes=2"
     found, rows = federate(tmp_path / "dies", text, data=data)
     assert (tmp_path / "died").exists()
     assert "died in its block, which is trained again" in capsys.readouterr().err
@@ -176,16 +167,38 @@ def test_a_worker_that_dies_is_named_and_its_block_trained_again(
     assert all(row["replies"] == len(SIZES) for row in rows)
 
 
-def test_a_block_that_kills_every_worker_costs_its_own_clients_alone(tmp_path: Path) -> None:
-    def data(name: str) -> Examples:
-        if name == "05" and os.getpid() != parent:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return examples(name)
+def fatal(name: str) -> Examples:
+    """Of client 05, no data but the end of any process that asks for them, this one apart."""
+    if name == "05" and os.getpid() != TEST:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return examples(name)
 
-    parent = os.getpid()
-    _, rows = federate(tmp_path, "local.engine=cohort local.block=2 run.processes=2", data=data)
-    assert rows[0]["rejected"] == [{"name": name, "reason": "its worker died 3 times"} for name in ("04", "05")]
-    assert rows[0]["applied"]
+
+def unreadable(name: str) -> Examples:
+    if name == "05" and os.getpid() != TEST:
+        raise OSError
+    return examples(name)
+
+
+@pytest.mark.parametrize("way", ["mean", "client", "adaptive", "top-k", "median", "integers"])
+def test_a_client_that_ends_every_worker_leaves_the_others_of_its_block_in_the_round(tmp_path: Path, way: str) -> None:
+    text = f"local.engine=cohort local.block=4 run.processes=2 rounds.number=2 {WAYS[way]}"
+    found, rows = federate(tmp_path / "dies", text, data=fatal)
+    left = {"name": "05", "reason": "its worker died 3 times, then with it alone"}
+    assert [(row["rejected"], row["replies"], row["applied"]) for row in rows] == [([left], 8, True)] * 2
+    truth, _ = federate(tmp_path / "fails", text, data=unreadable)
+    assert close(found.weights, truth.weights, {"top-k": 0.1, "integers": 1e-4}.get(way, 1e-5))
+
+
+def test_lines_on_deaths_name_no_client(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    federate(tmp_path, "local.engine=cohort local.block=4 run.processes=2 rounds.number=1", data=fatal)
+    said = [line for line in capsys.readouterr().err.splitlines() if "died" in line]
+    assert [line.partition(" died ")[2] for line in said] == [
+        "in its block, which is trained again",
+        "in its block, which is trained again",
+        "in its block, whose clients are trained one by one",
+        "with one client alone, which is left out of the round",
+    ]
 
 
 def tasks(count: int, value: float, length: int = 3) -> list[Task]:
@@ -441,7 +454,7 @@ def test_a_round_from_any_checkpoint_of_a_run_comes_to_the_same_weights(tmp_path
     fleet = EmbeddedFleet(single)
     plans = budget.plans(fleet.hello(), single.settings)
     states = [first_state(single.template, single.settings)]
-    told = states[0], single.settings, Kept(), lambda _: Score(1.0, 0.5)
+    told = states[0], single.settings, Unrecorded(), lambda _: Score(1.0, 0.5)
     states += [state for state, _ in rounds(fleet, fleet.hello(), plans, *told)]
     off = []
     for before, after in pairwise(states):

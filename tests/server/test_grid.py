@@ -6,8 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
 from clients import greetings, messages
 from clients.task import Hello, KeyNode, Reply, Task
@@ -20,14 +18,11 @@ from server.run import Stopped
 Behaviour = Callable[[Message], Message | Exception | None]
 
 
-@pytest.fixture(autouse=True)
-def _inside_a_flower_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("run_id", "node_id", "task_id"):
-        monkeypatch.setattr(TaskIdentity, f"_{name}", 1, raising=False)
+pytestmark = pytest.mark.usefixtures("flower_process")
 
 
-class FakeGrid(Grid):
-    """A grid whose nodes are functions; an answer is there at the poll after `delay` polls."""
+class FakeGrid:
+    """Of a grid what a fleet uses; its nodes are functions."""
 
     def __init__(self, nodes: dict[int, Behaviour], refusal: str | None = "") -> None:
         self.nodes, self.refusal = nodes, refusal
@@ -35,19 +30,6 @@ class FakeGrid(Grid):
         self.pushed: list[Message] = []
         self.pulled_twice: list[str] = []
         self._done: set[str] = set()
-
-    def set_run(self, run: object) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> object:  # type: ignore[override]
-        raise NotImplementedError
-
-    def create_message(self, *args: object, **kwargs: object) -> Message:
-        raise NotImplementedError
-
-    def send_and_receive(self, *args: object, **kwargs: object) -> Iterable[Message]:
-        raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.nodes)

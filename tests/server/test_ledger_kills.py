@@ -25,7 +25,8 @@ from privacy.ledger import Account, Ledger
 from privacy.plan import Mechanism, Plan
 from scenarios.settings import Settings, override
 from server import accounts, record, rounds
-from server.accounts import Accounts, Cost, Late
+from server.accounts import Accounts, Late
+from server.costs import Cost
 from server.record import RunFolder
 from server.state import Score, ServerState
 

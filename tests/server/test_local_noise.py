@@ -73,7 +73,7 @@ def task(z: float = 50.0, clip: float = 0.2) -> tuple[Node, Task]:
     node = Node(scenario, scenario.settings, scenario.data(scenario.settings), Path("unused"))
     weights = job.first_state(node.template, node.settings)
     return node, Task(
-        "train", 1, "site-03", weights.weights, weights.layout, rate=0.5, steps=2, update_clip=clip, update_noise=z
+        "train", 1, "site-03", weights.weights, weights.layout, rate=0.5, steps=1, update_clip=clip, update_noise=z
     )
 
 

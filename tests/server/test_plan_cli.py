@@ -2,7 +2,7 @@
 
 import json
 import re
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 
 from privacy.ledger import Account, Ledger, Window
 from scenarios import load
-from server import cli, units
+from server import units
 
 KEYS = (
     "noise_multiplier clip cohort rounds epsilon delta predicted_accuracy feasible nearest unit local_steps "
@@ -26,18 +26,8 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "state"
 
 
-def umbel(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of `umbel WORDS`, in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["umbel", *words])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    out, err = capsys.readouterr()
-    return int(ended.value.code or 0), out, err
-
-
-def plan(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, Any], str]:
-    code, out, err = umbel(capsys, "plan", "digits", "--json", *words)
+def plan(umbel: Callable[..., Any], *words: str) -> tuple[int, dict[str, Any], str]:
+    code, out, err = umbel("plan", "digits", "--json", *words)
     return code, json.loads(out), err
 
 
@@ -47,8 +37,8 @@ def nulls(value: Any, at: str = "") -> list[str]:
     return [at] if value is None else []
 
 
-def test_the_answer_has_every_key_and_a_reason_for_every_null(capsys: pytest.CaptureFixture[str], state: Path) -> None:
-    code, facts, err = plan(capsys, "--epsilon", "3", "--rounds", "4", "--trials", "10", "--no-curve", *QUICK)
+def test_the_answer_has_every_key_and_a_reason_for_every_null(umbel: Callable[..., Any], state: Path) -> None:
+    code, facts, err = plan(umbel, "--epsilon", "3", "--rounds", "4", "--trials", "10", "--no-curve", *QUICK)
     assert (code, err) == (0, "")
     assert set(KEYS.split()) <= facts.keys()
     assert facts["feasible"]
@@ -67,28 +57,28 @@ def test_the_answer_has_every_key_and_a_reason_for_every_null(capsys: pytest.Cap
 
 
 def test_an_impossible_target_is_an_answer_with_the_nearest_and_exit_code_2(
-    capsys: pytest.CaptureFixture[str],
+    umbel: Callable[..., Any],
 ) -> None:
-    code, facts, err = plan(capsys, "--epsilon", "0.01", "--rounds", "50")
+    code, facts, err = plan(umbel, "--epsilon", "0.01", "--rounds", "50")
     assert code == 2
     assert len(err.splitlines()) == 1
     assert (facts["feasible"], facts["noise_multiplier"], facts["epsilon"]) == (False, None, None)
     assert facts["noise_multiplier_reason"] == facts["reason"] in err
     nearest = facts["nearest"]["epsilon"]
-    code, out, err = umbel(capsys, "plan", "digits", "--epsilon", "0.01", "--rounds", "50")
+    code, out, err = umbel("plan", "digits", "--epsilon", "0.01", "--rounds", "50")
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert f"epsilon {nearest:g}" in err
-    code, facts, _ = plan(capsys, "--epsilon", str(nearest), "--rounds", "50", "--no-curve")
+    code, facts, _ = plan(umbel, "--epsilon", str(nearest), "--rounds", "50", "--no-curve")
     assert (code, facts["feasible"]) == (0, True)
-    code, facts, _ = plan(capsys, "--rounds", "50", "--no-curve", "--set", "privacy.max_noise=0.5")
+    code, facts, _ = plan(umbel, "--rounds", "50", "--no-curve", "--set", "privacy.max_noise=0.5")
     assert (code, facts["rounds"]) == (0, 50)  # no epsilon was asked for, so that it gives way
     assert facts["epsilon"] > 8
 
 
-def test_the_terminal_shows_the_plan_and_the_page_draws_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_the_terminal_shows_the_plan_and_the_page_draws_it(umbel: Callable[..., Any], tmp_path: Path) -> None:
     page = tmp_path / "plan.html"
     words = ["--epsilon", "6", "--rounds", "3", "--trials", "3", *QUICK]
-    code, out, err = umbel(capsys, "plan", "digits", *words, "--out", str(page))
+    code, out, err = umbel("plan", "digits", *words, "--out", str(page))
     assert (code, err) == (0, "")
     for said in ("Noise multiplier", "Clients by size", "Predicted accuracy", "RepeatAndSelect", "charged no ledger"):
         assert said in out
@@ -106,12 +96,12 @@ TWO = (
 
 
 def test_the_page_and_the_terminal_show_the_promise_to_a_client_as_a_whole_and_to_its_test_examples(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    umbel: Callable[..., Any], tmp_path: Path
 ) -> None:
     page, settings = tmp_path / "plan.html", f"{QUICK[1]} {TWO} rounds.number=3"
     words = ["--no-curve", "--trials", "3", "--set", settings]
-    _, facts, _ = plan(capsys, *words)
-    code, out, _ = umbel(capsys, "plan", "digits", *words, "--out", str(page))
+    _, facts, _ = plan(umbel, *words)
+    code, out, _ = umbel("plan", "digits", *words, "--out", str(page))
     assert code == 0
     text = page.read_text()
     for name, promise in (("Client as a whole", facts["whole"]), ("Test examples", facts["tests"])):
@@ -130,13 +120,13 @@ def test_the_page_and_the_terminal_show_the_promise_to_a_client_as_a_whole_and_t
 
 
 def test_the_page_and_the_terminal_name_who_cannot_pay_and_of_which_account(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, state: Path
+    umbel: Callable[..., Any], tmp_path: Path, state: Path
 ) -> None:
     ledger, page = Ledger(state / "simulations" / "digits.ledger"), tmp_path / "plan.html"
     poor = {Account("example", "client-1", "digits (test)"): (1.0, 1e-3)}
     ledger.open(poor | {Account("client", "client-2", "digits"): (2.0, 1e-2)}, Window(30, 1.0))
     words = ["--no-curve", "--set", f"{QUICK[1]} {TWO} rounds.number=3", "--out", str(page)]
-    code, out, _ = umbel(capsys, "plan", "digits", *words)
+    code, out, _ = umbel("plan", "digits", *words)
     assert code == 0
     assert "client-2 cannot pay" in out
     assert "in 30 days left" in " ".join(out.split())
@@ -147,12 +137,12 @@ def test_the_page_and_the_terminal_name_who_cannot_pay_and_of_which_account(
 
 
 def test_of_candidates_with_different_promises_it_says_who_charges_what_and_what_a_winner_cannot_claim(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    umbel: Callable[..., Any], tmp_path: Path
 ) -> None:
     tried, page = "privacy.unit=example | privacy.unit=both privacy.client_epsilon=20", tmp_path / "plan.html"
     settings = f"{QUICK[1]} privacy.update_clip=0.3 rounds.number=3"
     words = ["--no-curve", "--candidates", tried, "--set", settings, "--out", str(page)]
-    code, out, _ = umbel(capsys, "plan", "digits", *words)
+    code, out, _ = umbel("plan", "digits", *words)
     assert code == 0
     for said in (" ".join(out.split()), page.read_text()):
         assert "charged by 1 of 2 settings" in said
@@ -160,17 +150,17 @@ def test_of_candidates_with_different_promises_it_says_who_charges_what_and_what
 
 
 def test_a_search_under_both_says_what_each_account_pays_and_a_secret_one_what_each_may_claim(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    umbel: Callable[..., Any], tmp_path: Path
 ) -> None:
     tried, settings = "privacy.clip=0.3 | privacy.clip=0.5", f"{QUICK[1]} {TWO} rounds.number=2"
     words = ["digits", "--candidates", tried, "--set", settings, "--out"]
-    code, out, _ = umbel(capsys, "search", *words, str(tmp_path / "s"))
+    code, out, _ = umbel("search", *words, str(tmp_path / "s"))
     assert code == 0
     for name in ("Training examples", "Client as a whole", "Test examples"):
         assert re.search(rf"{name} +ε [0-9.]+ by plain composition; over the ledger ε [0-9.]+", " ".join(out.split()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("privacy.search.Repetitions.draw", lambda self, random: 1)
-        code, out, _ = umbel(capsys, "search", *words, str(tmp_path / "w"), "--secret")
+        code, out, _ = umbel("search", *words, str(tmp_path / "w"), "--secret")
     assert code == 0
     for name in ("Training examples", "Client as a whole", "Test examples"):
         assert re.search(rf"{name} +ε [0-9.]+ by RepeatAndSelect", " ".join(out.split()))
@@ -211,10 +201,10 @@ WRONG = {
 
 @pytest.mark.parametrize("kind", WRONG)
 def test_a_wrong_input_gives_one_line_and_exit_code_2_and_writes_nothing(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, kind: str
+    umbel: Callable[..., Any], tmp_path: Path, kind: str
 ) -> None:
     words, named = WRONG[kind]
-    code, out, err = umbel(capsys, *words)
+    code, out, err = umbel(*words)
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1
     assert named in err
@@ -222,23 +212,23 @@ def test_a_wrong_input_gives_one_line_and_exit_code_2_and_writes_nothing(
 
 
 def test_a_search_ends_with_its_trials_side_by_side_and_the_best_by_name(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    umbel: Callable[..., Any], tmp_path: Path
 ) -> None:
     tried = "privacy.epsilon=0.1 | privacy.epsilon=8"
     settings = f"{QUICK[1]} rounds.number=2"
     words = ["--candidates", tried, "--set", settings, "--out", str(tmp_path / "s")]
-    code, out, _ = umbel(capsys, "search", "digits", *words)
+    code, out, _ = umbel("search", "digits", *words)
     assert code == 0
     assert "plain composition" in out
     assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["1", "2"]
     assert "Best on validation data privacy.epsilon=8 (" in " ".join(out.split())
-    code, _, err = umbel(capsys, "search", "digits", *words)
+    code, _, err = umbel("search", "digits", *words)
     assert (code, len(err.splitlines())) == (2, 1)
     assert "not empty" in err
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("privacy.search.Repetitions.draw", lambda self, random: 2)
         words = ["--candidates", tried, "--set", settings, "--out", str(tmp_path / "w"), "--secret", "--trials", "7"]
-        code, out, err = umbel(capsys, "search", "digits", *words)
+        code, out, err = umbel("search", "digits", *words)
     assert code == 0
     for said in ("RepeatAndSelect", "7 trials on average", "nor how long they took"):
         assert said in " ".join(out.split())

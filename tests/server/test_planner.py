@@ -21,6 +21,7 @@ from server import plan_facts, planner, purses
 from server import run as job
 from server.embedded import EmbeddedFleet
 from server.launch import Quiet
+from server.ledger_place import ledger_path
 from server.planner import Answer
 from server.record import RunFolder
 
@@ -168,7 +169,7 @@ def test_without_a_unit_or_with_settings_that_no_run_takes_it_refuses_as_a_run_d
 def half_spent(scenario: Scenario, settings: Settings, steps: dict[str, int], budget: float | None = 3) -> Ledger:
     """A ledger in which each client spent so many steps of noise 4 over all data."""
     found = planner.answer(scenario, settings)
-    ledger = Ledger(planner.accounts.ledger_path(scenario, settings, "embedded"))
+    ledger = Ledger(ledger_path(scenario, settings, "embedded"))
     names = {name: Account(settings.privacy.unit, name, "made") for name in found.plans}
     ledger.open({account: (budget, 1.2 * found.plans[name].delta) for name, account in names.items()})
     asks = {names[name]: (Mechanism(1.0, 4.0), count) for name, count in steps.items()}
@@ -237,7 +238,7 @@ def test_a_budget_that_is_spent_leaves_no_nearest() -> None:
 
 def test_under_both_the_account_that_lacks_is_named_and_the_client_takes_part_only_if_both_pay() -> None:
     scenario, settings = made("privacy.unit=both privacy.update_clip=0.3 rounds.minimum=4")
-    ledger = Ledger(planner.accounts.ledger_path(scenario, settings, "embedded"))
+    ledger = Ledger(ledger_path(scenario, settings, "embedded"))
     tired = Account("client", "a", "made")
     ledger.open({tired: (2.5, 1 / 40)})
     assert not ledger.reserve("before", 1, {tired: (Mechanism(1.0, 1.0), 1)})
@@ -255,7 +256,7 @@ BOTH = "local.batch=0 privacy.unit=both privacy.update_clip=0.3 privacy.client_e
 
 def spent_before(scenario: Scenario, settings: Settings, accounts: dict[Account, tuple[float, float]]) -> Ledger:
     """A ledger in which each account, of (budget, delta), paid for one Gaussian of noise 1."""
-    ledger = Ledger(planner.accounts.ledger_path(scenario, settings, "embedded"))
+    ledger = Ledger(ledger_path(scenario, settings, "embedded"))
     ledger.open(accounts)
     assert not ledger.reserve("before", 1, dict.fromkeys(accounts, (Mechanism(1.0, 1.0), 1)))
     return ledger
@@ -384,7 +385,7 @@ def test_a_ledger_that_a_run_would_refuse_is_refused_in_the_same_words(tmp_path:
     with pytest.raises(Refused) as ran:
         run(tmp_path / "run", scenario, other)
     assert str(planned.value) == str(ran.value)
-    path = planner.accounts.ledger_path(scenario, settings, "embedded")
+    path = ledger_path(scenario, settings, "embedded")
     whole = path.read_bytes()
     path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
     with pytest.raises(Refused, match="damaged"):

@@ -18,8 +18,9 @@ from privacy.refused import Refused
 from privacy.search import Repetitions, best_of
 from scenarios import Examples, Federation, Scenario
 from scenarios.settings import Settings, override
-from server import accounts, search
 from server import run as job
+from server import search
+from server.ledger_place import ledger_path
 from server.planner import answer
 from server.search_costs import Sought, candidates
 
@@ -51,7 +52,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ledger(scenario: Scenario, settings: Settings) -> Ledger:
-    opened = Ledger(accounts.ledger_path(scenario, settings, "embedded"), keep=True)
+    opened = Ledger(ledger_path(scenario, settings, "embedded"), keep=True)
     opened.read()
     return opened
 
@@ -254,7 +255,7 @@ def test_a_secret_search_is_refused_where_the_ledger_would_leave_a_client_out_of
     drawing(monkeypatch, 1)
     scenario, _ = made()
     poor = Account("example", "a", dataset)
-    opened = Ledger(accounts.ledger_path(scenario, scenario.settings, "embedded"))
+    opened = Ledger(ledger_path(scenario, scenario.settings, "embedded"))
     opened.open({poor: (1.0, 1 / 4000)})
     with pytest.raises(Refused, match=re.escape(f"client a (example, {dataset})")):
         search.secret(scenario, "made", of(NOISED), Repetitions(1), tmp_path / "winner")
