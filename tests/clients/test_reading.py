@@ -62,7 +62,7 @@ def test_a_block_is_read_by_one_call_and_each_client_has_its_own_examples() -> N
 
 
 @pytest.mark.parametrize(
-    "text", ["local.batch=4", "local.batch=0", "local.batch=4 local.precision=bf16 codec=topk:0.5"]
+    "text", ["local.batch=4", "local.batch=0 local.steps=3", "local.batch=4 local.precision=bf16 codec=topk:0.5"]
 )
 def test_what_is_read_at_once_trains_to_the_bits_of_what_is_read_one_by_one(tmp_path: Path, text: str) -> None:
     if "bf16" in text and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
