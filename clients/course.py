@@ -1,18 +1,16 @@
 """Course: where SGD has got to before each step, in terms of the weights at first and what came back in every step."""
 
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:  # who moves weights by `Pulls` asks for courses, too
-    from clients.fused import Pulls
+from clients.fused import Pulls
 
 
 class Course:
     """Where SGD has got to before each step: W_t = kept[t] W_0 - sum over s < t of weights[t, s] D_s^T A_s."""
 
-    def __init__(self, pulls: "Pulls", steps: int) -> None:
+    def __init__(self, pulls: Pulls, steps: int) -> None:
         """The u of `Pulls` is velocity[0] W_0 - sum over s of velocity[1 + s] D_s^T A_s, so both take one recursion."""
         table, velocity = np.zeros((steps + 1, steps + 1)), np.zeros(steps + 1)
         table[0, 0] = 1.0
@@ -30,6 +28,6 @@ class Course:
 
 
 @lru_cache(maxsize=8)
-def course(pulls: "Pulls", steps: int) -> Course:
+def course(pulls: Pulls, steps: int) -> Course:
     """The course of so many steps, which all blocks of a round have in common."""
     return Course(pulls, steps)

@@ -159,7 +159,7 @@ class _Fused(nn.Module):
         self.move, self.rate = move, rate
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Linear.apply(x, self, _ANCHOR)  # type: ignore[no-any-return, no-untyped-call]
+        return _Linear.apply(x, self, ANCHOR)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Linear(torch.autograd.Function):
@@ -170,7 +170,7 @@ class _Linear(torch.autograd.Function):
         ctx.layer = layer
         ctx.save_for_backward(x)
         weight, bias = layer.kept
-        if weight.numel() < _OUTGROWN or x.dim() != 2 or x.dtype != weight.dtype:
+        if weight.numel() < OUTGROWN or x.dim() != 2 or x.dtype != weight.dtype:
             return nn.functional.linear(x, weight, bias)
         made = weight @ x.T if bias is None else torch.addmm(bias[:, None], weight, x.T)
         return made.T
@@ -187,9 +187,9 @@ class _Linear(torch.autograd.Function):
         return (None if further is None else further.to(x.dtype)), None, None
 
 
-_OUTGROWN = 1 << 19
+OUTGROWN = 1 << 19
 """Entries of a weight that is read faster in its own order: from 2 MB on, it is no longer in a core's cache."""
-_ANCHOR = torch.zeros((), requires_grad=True)
+ANCHOR = torch.zeros((), requires_grad=True)
 """An input that asks for a backward pass where the examples do not."""
 
 

@@ -19,14 +19,12 @@ from torch import Tensor, nn
 
 from clients import stack
 from clients.course import Course, course
-from clients.fused import Loss, Pulls, Trainer
+from clients.fused import ANCHOR, OUTGROWN, Loss, Pulls, Trainer
 from clients.stack import Layer
 from scenarios import Examples
 
 MOST = 5
 """Clients side by side: more would read W_0 hardly less often, and keep more of what a batch leaves."""
-_OUTGROWN = 1 << 19
-"""Entries of a weight from which on it is shared: 2 MB, what a core's cache holds."""
 _OWN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, *stack.BETWEEN)
 """Modules that treat a client's batch by itself and draw nothing: their order over clients is of no matter."""
 
@@ -45,9 +43,10 @@ def large(model: nn.Module, rows: int) -> list[nn.Linear]:
             flat = (module.start_dim, module.end_dim) == (1, -1)  # one row an example, from here on
         if type(module) is nn.Linear and flat and id(module) in once:
             inputs, outputs = module.in_features, module.out_features
-            if inputs * outputs >= max(_OUTGROWN, rows * (inputs + outputs)):
+            if inputs * outputs >= max(OUTGROWN, rows * (inputs + outputs)):
                 found.append(module)
-    return found
+    held = {id(parameter) for module in found for parameter in module.parameters()}
+    return found if any(id(parameter) not in held for parameter in model.parameters()) else []  # else no model is left
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class Together:
             live = [k for k in range(len(clients)) if t < steps[k]]
             made = [self._parts[k][0](xs[k][clients[k].batches[t]]) for k in live]
             for i, one in enumerate(passes):
-                made = list(_Product.apply(one, t, live, *made))  # type: ignore[no-untyped-call]
+                made = list(_Product.apply(ANCHOR, one, t, live, *made))  # type: ignore[no-untyped-call]
                 made = [self._parts[k][i + 1](part) for k, part in zip(live, made, strict=True)]
             losses = [
                 loss(part, clients[k].examples.y[clients[k].batches[t]]) for k, part in zip(live, made, strict=True)
@@ -120,7 +119,8 @@ class _Pass:
         self._steps = [len(batches) for batches in sizes]
         rows = list(accumulate(map(sum, sizes), initial=0))
         self._ends = [list(accumulate(batches, initial=rows[k])) for k, batches in enumerate(sizes)]
-        self._inputs, self._returned = start.new_empty(rows[-1], layer.inputs), start.new_empty(rows[-1], layer.outputs)
+        self._inputs = start.new_empty(rows[-1], layer.inputs)
+        self._returned = start.new_full((rows[-1], layer.outputs), torch.nan)  # a sum with what never came is unsound
         self._sizes = [torch.tensor(batches) for batches in sizes]
 
     def forward(self, t: int, live: Sequence[int], xs: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -180,14 +180,14 @@ class _Pass:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, one: _Pass, t: int, live: Sequence[int], *xs: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, _: Tensor, one: _Pass, t: int, live: Sequence[int], *xs: Tensor) -> tuple[Tensor, ...]:
         ctx.told = one, t, live
         return tuple(one.forward(t, live, xs))
 
     @staticmethod
     def backward(ctx: Any, *came: Tensor) -> tuple[Tensor | None, ...]:
         one, t, live = ctx.told
-        return None, None, None, *one.backward(t, live, came)
+        return None, None, None, None, *one.backward(t, live, came)
 
 
 class _Shared(nn.Module):

@@ -150,8 +150,8 @@ def _rows(
         rows[one.name] = table.row(
             outcomes.get((one, layout), [noiseless]), layout, far, far is not None and agrees(far, one.precision)
         ) | {"precision": one.precision}
-    noise = {layout: found for (one, layout), found in outcomes.items() if not one.compared}
-    rows |= {one.name: table.fastest(noise) for one, _ in outcomes if not one.compared}
+    noise = {name: {at: found for (one, at), found in outcomes.items() if one.name == name} for name in table.NOISE}
+    rows |= {one.name: table.fastest(noise[one.name]) for one, _ in outcomes if not one.compared}
     return table.without_noise(rows, noise)
 
 

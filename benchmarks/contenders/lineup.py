@@ -59,6 +59,7 @@ LINEUP = (
     Contender("opacus-hooks", "opacus_loop.py", "C", devices=("cpu", "cuda")),
     Contender("opacus-ghost", "opacus_loop.py", "C", devices=("cpu", "cuda")),
     Contender("noise-only", "noise_only.py", "C", devices=("cpu", "cuda"), compared=False),
+    Contender("noise-own", "noise_only.py", "C", compared=False),
     Contender("flower", "flower_run.py", "ABDEN", peer=True),
     Contender("pfl", "pfl_run.py", "ABDEN", peer=True),
 )

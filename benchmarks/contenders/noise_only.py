@@ -1,4 +1,9 @@
-"""noise-only: what torch's normal_ takes to draw a round's noise of example-level DP, and nothing else."""
+"""What it takes to draw a round's noise of example-level DP, and nothing else.
+
+noise-only draws it by torch's normal_, noise-own by Umbel's generator (privacy/key_stream.py).
+"""
+
+import sys
 
 import torch
 from torch import Tensor
@@ -17,5 +22,20 @@ def draws(workload: Workload, device: str) -> Learn:
     return learn
 
 
+def own(workload: Workload, device: str) -> Learn:
+    """The same, by a key stream a client; added to zeros, as Umbel's are to weights."""
+    from privacy.key_stream import Gaussian, KeyStream
+
+    buffer = torch.zeros(len(workload.array("start")))
+    gaussian = Gaussian(buffer)
+
+    def learn(number: int, place: int, weights: Tensor, total: Tensor) -> None:
+        stream = KeyStream()
+        for _ in range(workload.steps):
+            gaussian.add(buffer, 1.0, stream)
+
+    return learn
+
+
 if __name__ == "__main__":
-    go(draws)
+    go(own if "noise-own" in sys.argv else draws)

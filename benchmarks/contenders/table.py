@@ -10,6 +10,8 @@ from running import Outcome
 
 OURS = "umbel", "umbel-cohort", "umbel-cohort-bf16"
 Row = dict[str, Any]
+NOISE = "noise-only", "noise-own"
+"""Contenders that draw noise and do nothing else."""
 _HEADS = {
     "": "18",
     "p x t": ">6",
@@ -48,21 +50,33 @@ def fastest(outcomes: Mapping[Layout, Sequence[Outcome]]) -> Row:
     return min(rows, key=lambda one: one.get("median", float("inf")))
 
 
-def without_noise(rows: Mapping[str, Row], noise: Mapping[Layout, Sequence[Outcome]]) -> dict[str, Row]:
-    """`rows` with minus_noise: the median less what drawing the same noise takes in the same layout, in this run."""
-    drawn = {shown(layout): row(found, layout, None, False).get("median") for layout, found in noise.items()}
-    return {
-        name: one
-        if not drawn.get(one["layout"]) or "median" not in one or one["apart"] is None
-        else one | {"minus_noise": one["median"] - drawn[one["layout"]]}
-        for name, one in rows.items()
+def without_noise(rows: Mapping[str, Row], noise: Mapping[str, Mapping[Layout, Sequence[Outcome]]]) -> dict[str, Row]:
+    """`rows` less what drawing the same noise takes in the same layout, in this run.
+
+    minus_noise: by torch's normal_. minus_own_noise: of ours by their own generator, of the others by normal_, theirs.
+    """
+    drawn = {
+        name: {shown(layout): row(found, layout, None, False).get("median") for layout, found in layouts.items()}
+        for name, layouts in noise.items()
     }
+    made = dict(rows)
+    for name, one in rows.items():
+        own = "noise-own" if name in OURS else "noise-only"
+        for key, generator in (("minus_noise", "noise-only"), ("minus_own_noise", own)):
+            seconds = drawn.get(generator, {}).get(one["layout"])
+            if seconds and "median" in one and one["apart"] is not None:
+                made[name] = made[name] | {key: one["median"] - seconds}
+    return made
 
 
 def ratios(rows: Mapping[str, Row]) -> dict[str, float]:
     """ "flower / umbel-cohort": how many times the time of one of ours it takes; only where both do the same work."""
     found = {}
-    for key, end in (("median", ""), ("minus_noise", ", minus noise")):
+    for key, end in (
+        ("median", ""),
+        ("minus_noise", ", minus noise"),
+        ("minus_own_noise", ", each minus its own noise"),
+    ):
         fit = {name: one[key] for name, one in rows.items() if one.get(key, 0) > 0 and one["agrees"]}
         pairs = [(name, our) for our in OURS if our in fit for name in fit if name != our]
         found |= {f"{name} / {our}{end}": fit[name] / fit[our] for name, our in pairs}

@@ -22,7 +22,7 @@ from .test_cohort import LOSS, MODELS, SIZES, WAYS, apart, decoded, examples, ma
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layers are shared whatever their size."""
-    monkeypatch.setattr(together, "_OUTGROWN", 1)
+    monkeypatch.setattr(together, "OUTGROWN", 1)
     monkeypatch.setattr(together, "MOST", 3)
 
 
@@ -44,6 +44,39 @@ def test_a_blocks_sum_is_that_of_its_clients_by_themselves(
     assert summand.total is not None
     assert summand.whole == sum(SIZES.values())
     assert apart([summand.total], [truth]) < 2e-5
+
+
+def flat() -> nn.Module:
+    """Nothing that is trained lies before the first layer that is shared."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 400), nn.Tanh(), nn.Linear(400, 3))
+
+
+def extracted() -> nn.Module:
+    """As with a feature extractor that stays as it is."""
+    first = [nn.Conv2d(1, 4, 3, padding=1).requires_grad_(False), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()]
+    return nn.Sequential(*first, nn.Linear(64, 400), nn.ReLU(), nn.Linear(400, 3))
+
+
+@pytest.mark.parametrize("made", [flat, extracted])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_shared_layer_may_be_the_first_that_is_trained(made: Callable[[], nn.Module], momentum: float) -> None:
+    settings, model, pulls = override(Settings(), "local.batch=5"), made().double(), fused.Pulls.of(0.1, 0, 0, momentum)
+    start = nn.utils.parameters_to_vector(model.parameters()).detach()
+    trainer, truth, clients = fused.Trainer(copy.deepcopy(model), pulls), torch.zeros_like(start), []
+    for name in ("a", "b", "d"):
+        data = Examples(examples(name).x.double(), examples(name).y)
+        task = Task("train", 1, name, flatten(model), layout(model), rate=0.1, steps=4)
+        batches = list(sgd.shuffled(len(data.y), task, settings))
+        truth += trainer.train(start, *data, batches, LOSS)[0]
+        clients.append(together.Client(data, batches, 1.0))
+    total, shared = torch.zeros_like(start), together.large(model, 30)
+    assert shared
+    together.Together(model, shared, pulls).add(total, start, clients, LOSS)
+    assert float((total - truth).abs().max()) <= 1e-9 * float(truth.abs().max())
+
+
+def test_a_model_of_shared_layers_alone_is_trained_client_by_client() -> None:
+    assert not together.large(nn.Sequential(nn.Flatten(), nn.Linear(64, 400)), 30)
 
 
 def wide() -> nn.Module:
