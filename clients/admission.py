@@ -38,6 +38,20 @@ def _private(task: Task, settings: Settings) -> None:
         noise_shares.hold_to(task.shares, wanted.epsilon, wanted.delta, number, least, wanted.colluding)
 
 
+def check_noise(task: Task, settings: Settings, examples: int) -> None:
+    """Raises Refused where all rounds at the noise of `task` would cost an example more than `settings` allow.
+
+    By the accountant, and so for devices, which have one client to ask for.
+    """
+    wanted = settings.privacy
+    if task.kind != "train" or not wanted.by_example or task.mechanism is None:
+        return
+    steps = (settings.rounds.number + settings.export.recover_rounds) * local_steps(settings.local, examples, True)
+    delta = wanted.delta or accounting.default_delta(examples)
+    if not task.mechanism.noise_multiplier > 0 or accounting.epsilon({task.mechanism: steps}, delta) > wanted.epsilon:
+        raise Refused("the task is with less noise on gradients than this node's settings ask for")
+
+
 def _steps(task: Task, settings: Settings, examples: int) -> None:
     local = settings.local
     most = local_steps(local, examples, settings.privacy.by_example) if examples else 0
@@ -48,6 +62,8 @@ def _steps(task: Task, settings: Settings, examples: int) -> None:
 
 def _evaluation(task: Task, settings: Settings, examples: int) -> None:
     epsilon = settings.evaluation.epsilon
+    if settings.evaluation.on != "clients":
+        raise Refused("the task asks for test results, which this node's settings let no client send")
     if epsilon is not None and task.mechanism is None:
         raise Refused("the task is without the noise on test results that this node's settings ask for")
     if epsilon is None and task.mechanism is not None:

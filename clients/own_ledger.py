@@ -76,6 +76,8 @@ class OwnLedger:
             )
         except OSError as error:
             return Reply(task.round, task.client, reason=f"its own ledger: {error.strerror}")
+        except Exception as error:  # of its data, whose values a message may quote
+            return Reply(task.round, task.client, reason=f"failed with {type(error).__name__}")
 
     def _charged(self, node: Node, task: Task, charge: Charge) -> Reply:
         ledger, account = Ledger(self.path), _account(node, task.client, task.kind == "evaluate")
@@ -89,6 +91,7 @@ class OwnLedger:
             return self._again(account, task, charge)
         held = len(node.federation.client(task.client).y)
         admission.check(task, node.settings, held)
+        admission.check_noise(task, node.settings, held)
         known = ledger.accounts.get(account)
         delta = known.delta if known else _delta(node, held)
         self._open(ledger, account, delta)

@@ -23,6 +23,11 @@ def hold_to(config: Config, wanted: Protect) -> None:
                 f"this node's owner lets only {' or '.join(allowed)} updates leave, the run has protect={wanted.mode}"
             )
     _least(config, wanted.minimum)
+    if "minimum" in config and wanted.mode == "none":
+        raise Refused(
+            f"this node's owner lets updates leave in sums of {config['minimum']} clients alone, and the run has "
+            "protect=none"
+        )
 
 
 def hold_task_to(config: Config, task: Task) -> None:

@@ -1,8 +1,8 @@
 """SpentFile: what every client of a large fleet has spent, on disk; a commit writes the rows that its round changed.
 
-The checkpoint of a smaller one, whose clients have numbers, holds the rows of all. That of a large one holds those that
-changed. They are put into this file once the checkpoint has replaced the last one, and are on
-disk before the next one does: whenever a crash comes, the checkpoint's rows over this file are what was committed.
+The checkpoint of a large fleet holds the rows that changed. They are put into this file once the checkpoint has
+replaced the last one, and are on disk before the next one does: whenever a crash comes, the checkpoint's rows over this
+file are what was committed. A smaller fleet whose clients have numbers has no such file: its checkpoint holds all rows.
 """
 
 import os
@@ -38,7 +38,7 @@ class SpentFile:
         self._last: Spendings | None = None  # as the last checkpoint has it
 
     def changes(self, clients: Mapping[str, Spent]) -> Tensors:
-        """What the next checkpoint has to hold so that `clients` is committed; empty for a fleet that is listed."""
+        """What the next checkpoint has to hold so that `clients` is committed; empty where they are listed by name."""
         if not (isinstance(clients, Spendings) and isinstance(clients.names, Numbered)):
             return {}
         if not large(clients.names):
@@ -85,4 +85,7 @@ def _held(clients: Spendings, places: Places) -> Tensors:
 
 
 def _fill(rows: NDArray[Any], tensors: Tensors) -> None:
-    rows[tensors[_PLACES]] = np.ascontiguousarray(tensors[_ROWS]).view(ROW)[:, 0]
+    places, held = tensors[_PLACES], np.ascontiguousarray(tensors[_ROWS]).view(ROW)
+    if places.dtype.kind not in "iu" or places.ndim != 1 or held.shape != (len(places), 1) or (places < 0).any():
+        raise ValueError("other rows")
+    rows[places] = held[:, 0]

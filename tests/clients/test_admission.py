@@ -69,6 +69,35 @@ def test_the_noise_on_test_results_that_a_server_plans_is_taken_and_less_is_not(
             admission.check(asked(kind="evaluate", mechanism=Mechanism(1.0, less)), node.settings, 40)
 
 
+def test_test_results_that_the_settings_let_the_server_make_are_refused() -> None:
+    with pytest.raises(Refused, match="test results, which this node's settings let no client send"):
+        admission.check(asked(kind="evaluate", mechanism=None), wanted("evaluation.on=server"), 40)
+    admission.check(asked(kind="evaluate", mechanism=None), wanted("evaluation.on=clients"), 40)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "privacy.delta=1e-4", "privacy.epsilon=0.5", "privacy.epsilon=900", "local.batch=0"]
+)
+def test_the_noise_on_gradients_that_a_server_plans_is_taken_and_less_is_not(tmp_path: Path, text: str) -> None:
+    node = made_node(tmp_path, f"privacy.max_noise=300 export.recover_rounds=2 {text}")
+    planned = budget.plans(EmbeddedFleet(node).hello(), node.settings)["a"].mechanism
+    admission.check_noise(asked(mechanism=planned), node.settings, 40)
+    for less in (0.99 * planned.noise_multiplier, 1e-6, 0.0):
+        with pytest.raises(Refused, match="less noise on gradients"):
+            admission.check_noise(asked(mechanism=replace(planned, noise_multiplier=less)), node.settings, 40)
+
+
+def test_data_that_cannot_be_read_is_a_reply_that_quotes_none_of_it(tmp_path: Path) -> None:
+    def damaged(name: str) -> Examples:
+        raise RuntimeError("row 17 of patient.csv")
+
+    node, own = made_node(tmp_path, ""), OwnLedger(tmp_path)
+    node = replace(node, federation=replace(node.federation, client=damaged))
+    reply = own.answer(node, asked(charge=Charge("run", 1, Head(3, "5e" * 32))))
+    assert reply.reason == "failed with RuntimeError"
+    assert not own.path.exists()
+
+
 def test_test_results_of_a_sample_are_refused_as_all_test_examples_are_counted() -> None:
     with pytest.raises(Refused, match=r"accounts for 0\.001 of the test examples, and all are counted"):
         admission.check(asked(kind="evaluate", mechanism=Mechanism(0.001, 50.0)), wanted(NOISED), 40)
@@ -81,6 +110,7 @@ def test_test_results_of_a_sample_are_refused_as_all_test_examples_are_counted()
         {"kind": "evaluate", "mechanism": Mechanism(1.0, 0.5)},
         {"steps": 2**53},
         {"clip": 2.0},
+        {"mechanism": Mechanism(0.4, 1e-3)},
     ],
 )
 def test_what_is_refused_is_not_charged(tmp_path: Path, change: dict[str, object]) -> None:

@@ -150,6 +150,7 @@ def test_a_device_without_the_key_of_its_key_holder_takes_no_part(scenario: str,
         ({"protect": "masks"}, "protect=masked", "protect=masks of the node config is none of masked, encrypted"),
         ({"protect": ""}, "protect=masked", "is none of masked, encrypted"),
         ({"minimum": 10}, "protect=masked protect.minimum=4", "a sum of 4 clients, this node's owner allows 10"),
+        ({"minimum": 10}, "", "lets updates leave in sums of 10 clients alone, and the run has protect=none"),
         ({"minimum": "ten"}, "protect=masked", "minimum=ten of the node config is no number"),
         ({"minimum": True}, "", "minimum=True of the node config is no number"),
         ({"protect": "masked", "minimum": 3}, "protect=masked protect.minimum=4", ""),
@@ -247,7 +248,7 @@ def test_a_device_trains_as_the_embedded_runtime_does(scenario: str, tmp_path: P
 def test_a_device_charges_its_own_ledger_under_its_owners_budget_and_a_simulated_node_keeps_none(
     scenario: str, tmp_path: Path
 ) -> None:
-    private, state = "privacy.unit=example local.batch=0 local.steps=20", tmp_path / "state"
+    private, state = "privacy.unit=example privacy.epsilon=50 local.batch=0 local.steps=20", tmp_path / "state"
     owner = {"client": "a", "state": str(state), "budget": 2}
     told = context(scenario, private, **owner)
     said = hello(told)

@@ -104,7 +104,7 @@ def test_a_reply_that_is_not_kept_or_damaged_is_not_drawn_anew(tmp_path: Path) -
 
 
 def test_what_is_charged_is_the_noise_that_the_task_asks_for(tmp_path: Path) -> None:
-    node, own = made_node(tmp_path), OwnLedger(tmp_path)
+    node, own = made_node(tmp_path, "privacy.epsilon=400"), OwnLedger(tmp_path)
     less = Mechanism(1.0, 0.5)
     assert own.answer(node, replace(made_task(node), mechanism=less)).reason == ""
     assert standing(own).accounts[ME].history == {less: 4}

@@ -191,7 +191,7 @@ def test_the_residual_of_error_feedback_goes_on_from_the_committed_round_only(tm
 
 
 def test_evaluation_counts_what_the_model_gets_right(tmp_path: Path) -> None:
-    node = made_node(tmp_path)
+    node = made_node(tmp_path, override(Settings(), "evaluation.on=clients"))
     reply = answer(node, made_task(node, kind="evaluate"))
     model, data = build_model(node.scenario, node.settings), made_examples(9, 3)
     assert reply.examples == 9

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from scenarios.settings import Settings
 from server import record
 from server.record import RunFolder
 from server.spendings import Spendings
+from server.spent_file import SpentFile
 from server.state import ServerState, Spent
 
 
@@ -86,6 +88,18 @@ def test_a_checkpoint_of_clients_that_its_fleet_has_not_is_damaged(
     monkeypatch.setattr(record, "Numbered", lambda number, digits: Numbered(number - 5, digits))
     with RunFolder.open(tmp_path / "run") as folder, pytest.raises(Refused, match="is damaged"):
         folder.committed()
+
+
+@pytest.mark.parametrize(
+    "places",
+    [[-1, 2], [2], [0, 1, 2], [[0, 1]], [True, False], [0.0, 1.0]],
+    ids=["below 0", "fewer", "more", "", "", ""],
+)
+def test_rows_that_are_not_one_each_of_a_fleets_clients_are_damaged(tmp_path: Path, places: list[Any]) -> None:
+    rows = Spendings(Numbered(5)).after(1, np.array([0, 1]), np.full(2, 2), 1, np.array([0])).rows[:2]
+    held = {"spent/places": np.array(places), "spent/rows": rows.view(np.uint8).reshape(2, -1)}
+    with pytest.raises(ValueError, match="other rows"):
+        SpentFile(tmp_path / "spent.npy").read(Numbered(5), held)
 
 
 def test_a_run_without_a_round_has_nothing_committed(tmp_path: Path) -> None:
