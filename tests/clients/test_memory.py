@@ -105,7 +105,7 @@ def test_clients_side_by_side_need_what_each_of_them_sees(monkeypatch: pytest.Mo
     node = replace(node, scenario=replace(node.scenario, models=made))
     few, many = ((node, FUSED, 5, 30, steps, 0) for steps in (3, 30))
     alone = memory.need(*few), memory.need(*many)
-    monkeypatch.setattr(together, "_OUTGROWN", 64 * 64)
+    monkeypatch.setattr(together, "OUTGROWN", 64 * 64)
     assert memory.need(*few) > alone[0]
     assert memory.need(*many) == alone[1]  # too many rows to be side by side
 
