@@ -170,9 +170,7 @@ class PrivateGradient:
         self._buffers = [buffer.clone() for buffer in model.buffers()]
         self._chunk = max(1, _FLOATS_AT_ONCE // sum(p.numel() for p in self._parameters))
         self._optimizer = DPOptimizer(
-            torch.optim.SGD(
-                self._parameters, lr=0.0
-            ),  # the caller steps; Opacus clips, sums, scales, and draws of a seed
+            torch.optim.SGD(self._parameters, lr=0.0),  # the caller steps; Opacus clips, sums, scales, draws of a seed
             noise_multiplier=mechanism.noise_multiplier if by_opacus else 0.0,
             max_grad_norm=clip,
             expected_batch_size=1,
